@@ -1,0 +1,1 @@
+"""Convolutional networks in JAX and Flax, from a config to a trained classifier."""

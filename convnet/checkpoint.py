@@ -1,0 +1,190 @@
+"""Checkpoints with Orbax: saved in the background, atomic, verified when restored."""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+from tqdm import tqdm
+
+from convnet.errors import ConvnetError
+from convnet.step import TrainState
+
+
+def flat(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by their paths, "base/stem/conv/kernel", sorted."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+    }
+    return dict(sorted(named.items()))
+
+
+def sha256(tree: Any) -> str:
+    """Returns the hash of each leaf's path, shape, dtype and bytes, in sorted order."""
+    digest = hashlib.sha256()
+    for path, leaf in flat(jax.device_get(tree)).items():
+        leaf = np.ascontiguousarray(leaf)
+        digest.update(f"{path} {leaf.shape} {leaf.dtype}\n".encode())
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()
+
+
+def result_sha256(state: TrainState) -> str:
+    """Returns `params/sha256`: params, batch statistics and EMA where there is one."""
+    tree = {"params": state.params, "batch_stats": state.batch_stats}
+    return sha256(tree if state.ema is None else {**tree, "ema": state.ema})
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run: the newest n and the best one.
+
+    Each holds the state, its hash, and a few plain values.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder.absolute()
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep),
+                        policies.BestN(
+                            get_metric_fn=lambda metrics: metrics["score"],
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                save_decision_policy=policies.FixedIntervalPolicy(1),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Returns the steps that are saved, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self, step: int, state: TrainState, about: dict[str, Any], score: float | None
+    ) -> None:
+        """Starts to save; the rest happens in the background.
+
+        Args:
+          step: number of updates done.
+          state: the state, not yet donated.
+          about: plain values kept with the state: best score so far, seconds.
+          score: this state's score (higher is better), None if not evaluated.
+
+        Raises:
+          ConvnetError: this or the previous save failed; names the last good one.
+        """
+        if step in self._manager.all_steps():
+            return
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(flat(state)),
+                    about=ocp.args.JsonSave(
+                        {**about, "sha256": sha256(state), "step": step}
+                    ),
+                ),
+                metrics=None if score is None else {"score": float(score)},
+                force=True,
+            )
+        except Exception as error:  # Orbax and TensorStore raise many kinds.
+            raise self._failed(step, error) from error
+
+    def wait(self) -> None:
+        """Waits until all is on disk.
+
+        Raises:
+          ConvnetError: it could not be written; names the last good one.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # Orbax and TensorStore raise many kinds.
+            raise self._failed(None, error) from error
+
+    def close(self) -> None:
+        """Releases the folder; `wait` comes before."""
+        self._manager.close()
+
+    def _failed(self, step: int | None, error: Exception) -> ConvnetError:
+        what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+        good = self.steps()
+        last = f"step {good[-1]}" if good else "none"
+        reason = " ".join(str(error).split())[:300]
+        return ConvnetError(
+            f"{what} could not be written to {self.folder}: {reason}\n"
+            f"the last good checkpoint is: {last}; make room or choose another"
+            " --workdir, and run the same command again"
+        )
+
+    def restore(self, state: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Restores the newest checkpoint that is whole.
+
+        A corrupt one is moved to `corrupt/` beside the folder, with a warning, and the
+        one before is taken.
+
+        Args:
+          state: gives structure, shapes, dtypes and shardings.
+
+        Returns:
+          The state, and `about` with `step`, or None if there is no checkpoint.
+
+        Raises:
+          ConvnetError: there are checkpoints, and none is whole.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                return self._restore(step, state)
+            except Exception as error:  # Whatever a damaged file can raise.
+                reason = " ".join(str(error).split())[:200]
+                aside = self._set_aside(step)
+                tqdm.write(
+                    f"warning: checkpoint {step} is corrupt ({reason}); moved to"
+                    f" {aside}, trying the one before"
+                )
+        if steps:
+            raise ConvnetError(
+                f"no checkpoint in {self.folder} can be read; to train from the start,"
+                " remove the workdir or choose another"
+            )
+        return None
+
+    def _restore(
+        self, step: int, state: TrainState
+    ) -> tuple[TrainState, dict[str, Any]]:
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, flat(state))
+        found = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(like), about=ocp.args.JsonRestore()
+            ),
+        )
+        paths = jax.tree_util.tree_map_with_path(
+            lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"),
+            state,
+        )
+        restored = jax.tree.map(found["state"].__getitem__, paths)
+        if sha256(restored) != found["about"]["sha256"]:
+            raise ConvnetError("its content does not match its hash")
+        return restored, found["about"]
+
+    def _set_aside(self, step: int) -> Path:
+        aside = self.folder.parent / "corrupt" / str(step)
+        aside.parent.mkdir(exist_ok=True)
+        if aside.exists():
+            shutil.rmtree(aside)
+        (self.folder / str(step)).rename(aside)
+        self._manager.reload()
+        return aside

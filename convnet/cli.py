@@ -1,0 +1,187 @@
+"""What every entry point shares: flags, one-line errors, exit statuses.
+
+Exit status: 0 done; 1 the job failed; 2 usage; 3 done, but some inputs could not be
+read; 130 or 143 interrupted.
+"""
+
+import os
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from absl import flags
+from ml_collections import config_flags
+
+from convnet import config as config_lib
+from convnet.errors import ConvnetError, UsageError
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+class Interrupted(BaseException):
+    """A signal ended the run; a BaseException, so that no `except Exception` hides it.
+
+    Attributes:
+      signum: SIGINT or SIGTERM.
+    """
+
+    def __init__(self, signum: int, message: str = "") -> None:
+        super().__init__(message or f"interrupted by {signal.Signals(signum).name}")
+        self.signum = signum
+
+
+def run(
+    main: Callable[[flags.FlagValues], int | None],
+    define: Callable[[flags.FlagValues, list[str]], None],
+    usage: str,
+) -> NoReturn:
+    """Parses `sys.argv`, runs `main(flags)` and exits with the status that it earned.
+
+    Args:
+      main: the app; it returns the exit status, None for 0.
+      define: defines the app's flags; it is given the FlagValues and the arguments
+        (which `define_config` needs).
+      usage: the text above the flags in `--help`.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status = main(parse(sys.argv, define, usage)) or 0
+        sys.stdout.flush()
+    except ConvnetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("interrupted by SIGINT", file=sys.stderr)
+        status = 130
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        status = 128 + error.signum
+    except OSError as error:
+        if os.environ.get("CONVNET_TRACEBACK"):
+            raise
+        print(f"error: {error} (CONVNET_TRACEBACK=1 shows where)", file=sys.stderr)
+        status = 1
+    sys.exit(status)
+
+
+def _terminate(signum: int, frame: object) -> NoReturn:
+    raise Interrupted(signum)
+
+
+def define_config(values: flags.FlagValues, argv: list[str]) -> None:
+    """Defines --config and the overrides --config.KEY=VALUE that are in `argv`."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "the experiment: a Python file with get_config()",
+        flag_values=values,
+        sys_argv=argv,
+    )
+
+
+def parse(
+    argv: list[str],
+    define: Callable[[flags.FlagValues, list[str]], None],
+    usage: str,
+) -> flags.FlagValues:
+    """Returns the parsed flags.
+
+    Raises:
+      UsageError: an unknown flag or key, a value of the wrong type, an argument too
+        many, or an experiment that cannot be loaded.
+      SystemExit: with status 0, after `--help`.
+    """
+    values = flags.FlagValues()
+    if any(a in ("-h", "--h", "-help", "--help", "--helpfull") for a in argv[1:]):
+        define(values, argv[:1])
+        print(_help(values, usage))
+        raise SystemExit(0)
+    argv = _config_first(argv)
+    define(values, argv)
+    try:
+        rest = values(argv)[1:]
+    except flags.UnrecognizedFlagError as error:
+        near = config_lib.nearest(error.flagname, list(values))
+        raise UsageError(
+            f"unknown flag --{error.flagname} (command line){near}"
+            " (--help lists all flags)"
+        ) from error
+    except UsageError:
+        raise
+    except Exception as error:  # An experiment is code: it can raise anything.
+        raise UsageError(_one_line(error)) from error
+    if rest:
+        raise UsageError(f"unexpected argument {rest[0]!r} (--help shows the usage)")
+    return values
+
+
+def _help(values: flags.FlagValues, usage: str) -> str:
+    lines = [usage.strip(), "", "flags:"]
+    for name in sorted(values):
+        flag = values[name]
+        default = "" if flag.default is None else f" (default: {flag.default!r})"
+        lines.append(f"  --{name}\n      {flag.help}{default}")
+    if "config" in values:
+        lines += ["", "config keys and their defaults:", config_lib.describe()]
+    return "\n".join(lines)
+
+
+def _config_first(argv: list[str]) -> list[str]:
+    """Checks the names of the overrides and puts --config, made absolute, first.
+
+    `config_flags` wants --config before its overrides; a person need not know.
+    """
+    path, rest = None, []
+    arguments = iter(argv[1:])
+    for argument in arguments:
+        if argument == "--":
+            rest += [argument, *arguments]
+        elif match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+            path = match[1] if match[1] is not None else next(arguments, "")
+        else:
+            if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
+                config_lib.check_key(match[1], f"command line: {argument}")
+            rest.append(argument)
+    if path is None:
+        return argv
+    return [argv[0], f"--config={_find_experiment(path)}", *rest]
+
+
+def _find_experiment(path: str) -> Path:
+    """Looks for an experiment from the current folder, then from the project's."""
+    for folder in (Path.cwd(), PROJECT):
+        if (folder / path).is_file():
+            return (folder / path).resolve()
+    names = sorted(p.stem for p in (PROJECT / "experiments").glob("*.py"))
+    near = config_lib.nearest(Path(path).stem, names)
+    raise UsageError(
+        f"--config={path}: no such file, neither in {Path.cwd()} nor in {PROJECT}{near}"
+        f" (experiments: {', '.join(names)})"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    """Says what is wrong with a flag, or in which line of an experiment."""
+    text = " ".join(str(error).split("\n\nTraceback")[0].split())
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        source = Path(frame.filename)
+        if source.parent.name == "experiments" or (
+            frame.name in ("get_config", "<module>") and PROJECT not in source.parents
+        ):
+            where = f"{frame.filename}:{frame.lineno}: {frame.line}"
+            if unknown := re.search(r"Key \"(\w+)\" does not exist", text):
+                key = _key_of(frame.line or "", unknown[1])
+                near = config_lib.nearest(key, tuple(config_lib.KEYS))
+                return f"unknown config key {key!r} ({where}){near}"
+            return f"{where}: {type(error).__name__}: {text}"
+    return text
+
+
+def _key_of(line: str, leaf: str) -> str:
+    """Returns the dotted key that a line such as `config.data.nam = 1` sets."""
+    found = re.search(rf"\w+((?:\.\w+)*\.{leaf})\b", line)
+    return found[1].lstrip(".") if found else leaf

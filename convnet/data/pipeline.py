@@ -1,0 +1,295 @@
+"""(seed, step) -> batch, by two paths: from device memory, or streamed from the host.
+
+Which examples make up step s is a pure function of (seed, s) (`train_order`); there is
+no iterator state. Both paths put the same batch on the devices: the resident path sends
+only the indices and gathers inside the compiled step, the streaming path reads, decodes
+and sends the examples. `step.materialize` is where they meet.
+
+A batch on the devices holds `index` int32 (b,), `epoch` int32 (b,), `weight` float32
+(b,) and, when streamed, `input` (b, *spatial, c) and `label` (b, ...).
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from convnet import mesh as mesh_lib
+from convnet.data import source as source_lib
+from convnet.data.decode import DecodeError
+from convnet.data.source import Source
+from convnet.errors import ConvnetError
+
+HostBatch = dict[str, np.ndarray]
+Order = Callable[[int], HostBatch]
+Bad = dict[int, tuple[str, str]]  # index -> (id, reason)
+
+_CPU_RESIDENT_BYTES = 2 << 30
+_MEASURED_EXAMPLES = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOrder:
+    """The order of training: an endless sequence of shuffled epochs, cut into batches.
+
+    Each example comes exactly once in an epoch; a batch may reach into the next one.
+    """
+
+    examples: int
+    batch_size: int
+    seed: int
+
+    def __call__(self, step: int) -> HostBatch:
+        """Returns `index`, `epoch` int32 (b,) and `weight` float32 (b,) of a step."""
+        place = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
+        epoch = place // self.examples
+        index = np.empty(self.batch_size, np.int32)
+        for one in np.unique(epoch):
+            here = epoch == one
+            shuffled = _permutation(self.seed, int(one), self.examples)
+            index[here] = shuffled[place[here] % self.examples]
+        weight = np.ones(self.batch_size, np.float32)
+        return {"index": index, "epoch": epoch.astype(np.int32), "weight": weight}
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
+    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+    return generator.permutation(examples).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalOrder:
+    """Every example once, in order; the last batch is padded with weight 0."""
+
+    examples: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        return math.ceil(self.examples / self.batch_size)
+
+    def __call__(self, step: int) -> HostBatch:
+        """Returns `index`, `epoch` int32 (b,) and `weight` float32 (b,) of a batch."""
+        place = step * self.batch_size + np.arange(self.batch_size)
+        return {
+            "index": np.where(place < self.examples, place, 0).astype(np.int32),
+            "epoch": np.zeros(self.batch_size, np.int32),
+            "weight": (place < self.examples).astype(np.float32),
+        }
+
+
+class BadInputs:
+    """The unreadable images met so far; too many stop the run."""
+
+    def __init__(self, examples: int, max_fraction: float) -> None:
+        self.found: Bad = {}
+        self._examples = examples
+        self._max_fraction = max_fraction
+
+    def add(self, found: Bad) -> None:
+        """Notes and logs new ones.
+
+        Raises:
+          ConvnetError: the share exceeds data.max_bad_fraction; lists them.
+        """
+        for index, (name, reason) in found.items():
+            if index not in self.found:
+                self.found[index] = (name, reason)
+                tqdm.write(f"warning: {name}: {reason}; a good image stands in")
+        if len(self.found) > self._max_fraction * self._examples:
+            shown = [f"  {n}: {r}" for n, r in list(self.found.values())[:20]]
+            more = len(self.found) - len(shown)
+            shown += [f"  ... and {more} more"] if more > 0 else []
+            raise ConvnetError(
+                f"{len(self.found)} of {self._examples} images cannot be read, more"
+                f" than data.max_bad_fraction = {self._max_fraction:g} allows:\n"
+                + "\n".join(shown)
+                + "\nmend or remove them, or raise data.max_bad_fraction"
+            )
+
+    def listed(self) -> list[tuple[str, str]]:
+        """Returns (id, reason) of each, in the order of the data."""
+        return [self.found[index] for index in sorted(self.found)]
+
+
+def read_batch(source: Source, batch: HostBatch) -> tuple[HostBatch, Bad]:
+    """Adds `input` and `label` to an order's batch.
+
+    For an unreadable image the next good one of the split stands in, with weight 0.
+
+    Returns:
+      The batch, and the unreadable ones.
+    """
+    records = source_lib.read(source, batch["index"])
+    weight, bad = batch["weight"].copy(), {}
+    for row, index in enumerate(batch["index"]):
+        if isinstance(records[row], DecodeError):
+            weight[row] = 0
+            records[row], passed = _stand_in(source, int(index))
+            bad |= passed
+    return {
+        **batch,
+        "weight": weight,
+        "input": np.stack([record["input"] for record in records]),
+        "label": np.stack([record["label"] for record in records]),
+    }, bad
+
+
+def _stand_in(source: Source, index: int) -> tuple[dict[str, Any], Bad]:
+    bad: Bad = {}
+    for offset in range(len(source)):
+        place = (index + offset) % len(source)
+        try:
+            return source[place], bad
+        except DecodeError as error:
+            bad[place] = (error.id, error.reason)
+    listed = "\n".join(f"  {n}: {r}" for n, r in list(bad.values())[:20])
+    raise ConvnetError(f"none of the {len(source)} images can be read:\n{listed}")
+
+
+class Resident:
+    """A split that lies in device memory, whole, on every device.
+
+    Attributes:
+      data: `input` (n, ...), `label` (n, ...), `weight` (n,) on the devices.
+    """
+
+    def __init__(self, source: Source, mesh: Mesh, bad: BadInputs) -> None:
+        self.examples = len(source)
+        self.bad = bad
+        self._mesh = mesh
+        self.data = mesh_lib.put_whole(mesh, _read_all(source, bad))
+
+    def batches(self, order: Order, start: int, stop: int) -> Iterator[Any]:
+        """Yields the device batches of steps start .. stop - 1."""
+        for step in range(start, stop):
+            yield mesh_lib.put_batch(self._mesh, order(step))
+
+
+def _read_all(source: Source, bad: BadInputs) -> HostBatch:
+    chunks = [
+        np.arange(start, min(start + 256, len(source)))
+        for start in range(0, len(source), 256)
+    ]
+
+    def load(index: np.ndarray) -> tuple[HostBatch, Bad]:
+        return read_batch(source, {"index": index, "weight": np.ones(len(index), "f")})
+
+    data: HostBatch = {}
+    # Threads, because decoders release the interpreter's lock.
+    with (
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(source), desc="reading", unit=" examples", delay=2) as bar,
+    ):
+        for index, (chunk, found) in zip(chunks, pool.map(load, chunks), strict=True):
+            bad.add(found)
+            for name in ("input", "label", "weight"):
+                if name not in data:
+                    shape = (len(source), *chunk[name].shape[1:])
+                    data[name] = np.empty(shape, chunk[name].dtype)
+                data[name][index] = chunk[name]
+            bar.update(len(index))
+    return data
+
+
+class Streaming:
+    """A split that is read, decoded and sent while the devices compute.
+
+    Attributes:
+      data: empty; the batches carry the examples.
+    """
+
+    data: HostBatch = {}
+
+    def __init__(
+        self, source: Source, mesh: Mesh, bad: BadInputs, workers: int
+    ) -> None:
+        self.examples = len(source)
+        self.bad = bad
+        self._source = source
+        self._mesh = mesh
+        self._workers = workers
+
+    def batches(self, order: Order, start: int, stop: int) -> Iterator[Any]:
+        """Yields the device batches of steps start .. stop - 1."""
+        import grain
+
+        steps = grain.MapDataset.range(start, stop).map(
+            functools.partial(_load_step, self._source, order)
+        )
+        threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        if self._workers:
+            options = grain.MultiprocessingOptions(self._workers)
+            batches = steps.to_iter_dataset(
+                grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+            ).mp_prefetch(options)
+        else:
+            batches = steps.to_iter_dataset(threads)
+        # One batch ahead: its copy to the device overlaps with the step before.
+        ahead: collections.deque[Any] = collections.deque()
+        for batch, found in batches:
+            self.bad.add(found)
+            ahead.append(mesh_lib.put_batch(self._mesh, batch))
+            if len(ahead) > 1:
+                yield ahead.popleft()
+        yield from ahead
+
+
+def _load_step(source: Source, order: Order, step: int) -> tuple[HostBatch, Bad]:
+    return read_batch(source, order(step))
+
+
+Split = Resident | Streaming
+
+
+def first(source: Source) -> dict[str, Any]:
+    """Returns the first record that can be read: its shapes are those of all."""
+    return _stand_in(source, 0)[0]
+
+
+def create(source: Source, data: ml_collections.ConfigDict, mesh: Mesh) -> Split:
+    """Returns the split on the path that data.placement names or, "auto", that fits."""
+    bad = BadInputs(len(source), data.max_bad_fraction)
+    if data.placement == "stream" or (
+        data.placement == "auto" and not _fits(source, mesh)
+    ):
+        return Streaming(source, mesh, bad, data.workers)
+    return Resident(source, mesh, bad)
+
+
+def _fits(source: Source, mesh: Mesh) -> bool:
+    """Whether the split takes no more than a quarter of a device's memory."""
+    limit = _CPU_RESIDENT_BYTES
+    device = mesh.devices.flat[0]
+    if device.platform != "cpu":
+        limit = (device.memory_stats() or {}).get("bytes_limit", 8 << 30) // 4
+    return len(source) * first(source)["input"].nbytes <= limit
+
+
+def measure(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Measures each channel's mean and standard deviation.
+
+    Returns:
+      Two tuples of c numbers, in units of `step.to_unit` (images: 0 to 1), rounded to 4
+      digits, from up to 1,024 evenly spaced examples: the same on every path.
+    """
+    count = min(len(source), _MEASURED_EXAMPLES)
+    picked = np.linspace(0, len(source) - 1, count).astype(int)
+    order = {"index": picked, "weight": np.ones(count, np.float32)}
+    inputs = read_batch(source, order)[0]["input"]
+    scale = 255.0 if inputs.dtype == np.uint8 else 1.0
+    flat = inputs.reshape(-1, inputs.shape[-1]).astype(np.float64) / scale
+    mean = tuple(round(float(x), 4) for x in flat.mean(0))
+    # A channel that never varies must not be divided by zero.
+    std = tuple(round(max(float(x), 1e-3), 4) for x in flat.std(0))
+    return mean, std

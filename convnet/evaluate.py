@@ -1,0 +1,109 @@
+"""Evaluation: every example of a split exactly once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from convnet import metrics as metrics_lib
+from convnet.data import pipeline
+from convnet.data.source import Source
+from convnet.report import Mistake
+from convnet.task import Binary, Classification, Regression, Task
+
+PredictStep = Callable[..., dict[str, jax.Array]]
+
+
+def predict_split(
+    predict: PredictStep, variables: Any, split: pipeline.Split, batch_size: int
+) -> dict[str, np.ndarray]:
+    """Runs the predict step over a split.
+
+    Returns:
+      `index` (n,), `label` and `prediction` (n, ...), and the task's metrics (n,) of
+      the n readable examples, in the order of the data.
+    """
+    order = pipeline.EvalOrder(split.examples, batch_size)
+    outputs = []
+    for batch in split.batches(order, 0, len(order)):
+        outputs.append({"index": batch["index"], **predict(variables, split.data, batch)})
+    host = jax.device_get(outputs)
+    joined = {name: np.concatenate([o[name] for o in host]) for name in host[0]}
+    keep = joined.pop("weight") > 0
+    return {name: values[keep] for name, values in joined.items()}
+
+
+def means(predicted: dict[str, np.ndarray]) -> dict[str, float]:
+    """Returns the mean of each metric, summed in float64, and `examples`."""
+    count = len(predicted["index"])
+    return {
+        name: float(values.sum(dtype=np.float64) / count)
+        for name, values in predicted.items()
+        if name not in ("index", "label", "prediction")
+    } | {"examples": count}
+
+
+def evaluation(
+    task: Task, predicted: dict[str, np.ndarray], baseline: dict[str, float]
+) -> metrics_lib.Evaluation:
+    """Returns what the report shows: labels, predictions and losses by example."""
+    labels = predicted["label"]
+    if isinstance(task, Binary):
+        labels = (labels == task.positive).astype(np.int32)
+    kind = "predictions" if isinstance(task, Regression) else "probabilities"
+    return metrics_lib.Evaluation(
+        ids=[str(index) for index in predicted["index"]],
+        labels=labels,
+        losses=predicted["loss"],
+        baseline=baseline,
+        **{kind: predicted["prediction"]},
+    )
+
+
+def baselines(task: Task, source: Source) -> dict[str, float]:
+    """Returns the mean squared error of forecasts that need no learning.
+
+    "persistence" where a label looks like the last step of its input: nothing changes.
+    Otherwise, for regression, "mean": the mean of the labels.
+    """
+    if not isinstance(task, Regression):
+        return {}
+    records = [source[index] for index in range(len(source))]
+    labels = np.stack([record["label"] for record in records])
+    if records[0]["input"].shape[1:] == task.label_shape:
+        forecast = np.stack([record["input"][-1] for record in records])
+        return {"persistence": float(np.mean((forecast - labels) ** 2))}
+    return {"mean": float(np.mean((labels - labels.mean(0)) ** 2))}
+
+
+def mistakes(
+    task: Task, predicted: dict[str, np.ndarray], source: Source, count: int = 24
+) -> list[Mistake]:
+    """Returns the examples that the model is most wrong about, the worst first."""
+    wrong = predicted["accuracy"] < 1 if "accuracy" in predicted else None
+    order = np.argsort(-predicted["loss"], kind="stable")
+    if wrong is not None:
+        order = order[wrong[order]]
+    found = []
+    for row in order[:count]:
+        record = source[int(predicted["index"][row])]
+        label, answer = predicted["label"][row], predicted["prediction"][row]
+        probability = None
+        if isinstance(task, Classification):
+            probability, answer = float(answer.max()), int(answer.argmax())
+        elif isinstance(task, Binary):
+            label, chance = int(label == task.positive), float(answer)
+            answer = int(chance > 0.5)
+            probability = chance if answer else 1 - chance
+        found.append(
+            Mistake(record["id"], label, answer, probability, **_shown(record["input"]))
+        )
+    return found
+
+
+def _shown(value: np.ndarray) -> dict[str, np.ndarray]:
+    """An input as a report can draw it: an image, a series, or nothing."""
+    if value.dtype == np.uint8 and value.ndim == 3 and value.shape[-1] in (1, 3):
+        return {"image": value}
+    return {"series": value} if value.ndim == 2 else {}

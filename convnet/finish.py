@@ -1,0 +1,106 @@
+"""The end of a run: the last evaluation, result.json and report.html."""
+
+import importlib.metadata
+import os
+import platform
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from convnet import checkpoint as checkpoint_lib
+from convnet import config as config_lib
+from convnet import evaluate, preview, report
+from convnet import mesh as mesh_lib
+from convnet.task import Binary
+from convnet.workdir import Workdir
+
+if TYPE_CHECKING:
+    from convnet.train import Run
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def finish(it: "Run", workdir: Workdir, command: str) -> dict[str, Any]:
+    """Evaluates the last state, writes report.html, then result.json.
+
+    result.json comes last: where it exists, the run is finished.
+
+    Returns:
+      The content of result.json.
+    """
+    if it.predicted is None:  # The run was killed between its last step and here.
+        it.predicted = evaluate.predict_split(
+            it.predict,
+            it.state.variables(),
+            it.split("test"),
+            it.config.data.batch_size,
+        )
+    result = _result(it, evaluate.means(it.predicted))
+    page = _report(it, workdir, result, command)
+    report.write(workdir.path / "report.html", page)
+    workdir.write_json("result.json", result)
+    return result
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that a result depends on."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **found}
+
+
+def _result(it: "Run", means: dict[str, float]) -> dict[str, Any]:
+    config = it.config
+    count = sum(x.size for x in jax.tree.leaves(it.state.params))
+    images = it.total_steps * config.data.batch_size
+    return {
+        "step": it.total_steps,
+        "epochs": images / it.train_order.examples,
+        **{f"test/{name}": value for name, value in means.items()},
+        "train/seconds": it.train_seconds,
+        "compile/seconds": it.compile_seconds,
+        "train/images_per_second": images / max(it.train_seconds, 1e-9),
+        "params/count": int(count),
+        "params/sha256": checkpoint_lib.result_sha256(it.state),
+        "seed": config.seed,
+        "devices": jax.device_count(),
+        "device_kind": jax.devices()[0].device_kind,
+        "processes": jax.process_count(),
+        "versions": versions(),
+        "config/sha256": config_lib.sha256(config),
+    }
+
+
+def _report(
+    it: "Run", workdir: Workdir, result: dict[str, Any], command: str
+) -> report.Report:
+    task, dataset = it.recipe.task, it.dataset
+    classes = dataset.classes
+    if isinstance(task, Binary):
+        positive = classes[task.positive]
+        others = [name for name in classes if name != positive]
+        classes = (others[0] if len(others) == 1 else f"not {positive}", positive)
+    baseline = evaluate.baselines(task, dataset.test)
+    images, captions = preview.examples(it, 32)
+    skipped = [bad for split in it.splits.values() for bad in split.bad.listed()]
+    environment = {
+        **versions(),
+        "devices": mesh_lib.describe(it.mesh),
+        "threads": os.environ.get("NPROC", ""),
+    }
+    return report.Report(
+        title=workdir.path.name,
+        task=task.name,
+        classes=classes,
+        config=config_lib.to_dict(it.config),
+        changed=config_lib.changed(it.config),
+        environment=environment,
+        command=command,
+        result=result,
+        history=workdir.history(),
+        evaluation=evaluate.evaluation(task, it.predicted, baseline),
+        skipped=skipped,
+        augmented=images,
+        augmented_labels=captions,
+        summary=it.summary,
+        mistakes=evaluate.mistakes(task, it.predicted, dataset.test),
+    )

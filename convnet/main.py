@@ -1,0 +1,67 @@
+"""Trains an experiment, evaluates it and writes a report.
+
+usage: python -m convnet.main --config=experiments/digits.py [--workdir=runs/digits]
+           [--config.optimizer.lr=0.1 ...]
+
+The run goes on from its newest checkpoint if the workdir has one.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from convnet import cli, config, mesh
+from convnet.errors import UsageError
+
+
+def define(values: flags.FlagValues, argv: list[str]) -> None:
+    """Defines the flags of this app."""
+    cli.define_config(values, argv)
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "folder of the run: checkpoints, metrics, report; by default runs/EXPERIMENT",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "preview",
+        False,
+        "write WORKDIR/preview.png, a sheet of augmented images, and stop",
+        flag_values=values,
+    )
+
+
+def main(values: flags.FlagValues) -> None:
+    """Trains, or previews the augmentation.
+
+    Raises:
+      ConvnetError: the run cannot go on, with the reason.
+    """
+    if values.config is None:
+        raise UsageError(
+            "--config is missing; for example --config=experiments/digits.py"
+        )
+    experiment = Path(values["config"].config_filename).stem
+    workdir = Path(values.workdir or f"runs/{experiment}")
+    settings = config.check_type(values.config, experiment)
+    mesh.start(settings.compilation_cache)
+    # After `start`, because this is what brings JAX up.
+    from convnet import preview, train
+
+    if values.preview:
+        path = workdir / "preview.png"
+        count = preview.write_contact_sheet(train.prepare(settings), path)
+        print(f"{count} augmented images: {path}")
+        return
+    command = shlex.join(["python", "-m", "convnet.main", *sys.argv[1:]])
+    result = train.run(settings, workdir, command)
+    for name, value in result.items():
+        if name.startswith("test/") or name.endswith("seconds"):
+            print(f"{name}: {value:.6g}")
+    print(f"report: {workdir / 'report.html'}")
+
+
+if __name__ == "__main__":
+    cli.run(main, define, __doc__)

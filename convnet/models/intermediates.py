@@ -1,0 +1,55 @@
+"""Named intermediates: what a layer writes, and how a caller reads it."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax import traverse_util
+
+# Collections come back from a compiled function sorted by letter. The order of the
+# network is the stem, then numbered parts by number, then these words.
+_ORDER = ("base", "head", "conv", "dense", "norm", "shortcut_conv", "shortcut_norm")
+_ORDER += ("add", "relu", "pool", "features", "logits")
+
+
+def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
+    """Names `x` as an intermediate of `module`, and returns it.
+
+    Under `mutable=["taps"]` it is written to the collection "taps", over what an
+    earlier call left there; otherwise this costs nothing. Where the collection
+    "perturbations" holds an array of the same path, it is added: the gradient with
+    respect to zeros there is the gradient with respect to the tap.
+    """
+    if module.has_variable("perturbations", name):
+        x = x + module.get_variable("perturbations", name).astype(x.dtype)
+    # Not at initialisation, where every collection is mutable: `init` returns what a
+    # network keeps, not what passed through it.
+    if module.is_mutable_collection("taps") and not module.is_initializing():
+        # Not `sow`, which refuses the name of a submodule: a tap has the name of the
+        # layer that made it.
+        module.put_variable("taps", name, x)
+    return x
+
+
+def tapped(parent: nn.Module, layer: nn.Module, *args: Any) -> jax.Array:
+    """Calls a layer of `parent`, and taps what it returns under the layer's name."""
+    return tap(parent, layer.name, layer(*args))
+
+
+def taps(collection: Mapping[str, Any]) -> dict[str, Any]:
+    """The collection "taps" as `{"base/block1/conv1": array}`, in network order."""
+    flat = traverse_util.flatten_dict(collection)
+    return {"/".join(path): flat[path] for path in sorted(flat, key=network_order)}
+
+
+def network_order(path: tuple[str, ...]) -> list[tuple[float, int, str]]:
+    """The key that sorts paths of layers as the network calls them."""
+    place = []
+    for part in path:
+        word, number = re.fullmatch(r"(.*?)(\d*)", part).groups()
+        number = "0" if word == "stem" else number or "inf"
+        rank = _ORDER.index(word) if word in _ORDER else len(_ORDER)
+        place.append((float(number), rank, word))
+    return place

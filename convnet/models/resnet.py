@@ -1,0 +1,148 @@
+"""Residual networks (He, Zhang, Ren and Sun 2015, "Deep residual learning").
+
+The variant is torchvision's, known as v1.5: a bottleneck strides in its 3x3
+convolution, and padding is symmetric. The last scale of each branch starts at zero, so
+that every block starts as its shortcut (Goyal et al. 2017, section 5.1).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from convnet.models import layers
+from convnet.models.layers import Array, Dtype
+from convnet.models.intermediates import tap, tapped
+
+# name: (residual blocks in each stage, whether they are bottlenecks)
+STAGES = {
+    "resnet18": ((2, 2, 2, 2), False),
+    "resnet34": ((3, 4, 6, 3), False),
+    "resnet50": ((3, 4, 6, 3), True),
+    "resnet101": ((3, 4, 23, 3), True),
+}
+
+
+class ResNetBase(nn.Module):
+    """The stem, stages of residual blocks, and the mean over all places.
+
+    Each stage after the first halves the sides and doubles the width.
+    """
+
+    stages: Sequence[int]
+    bottleneck: bool
+    width: int = 64
+    stem: str = "cifar"
+    bn_momentum: float = 0.9
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        norm = partial(layers.BatchNorm, self.bn_momentum, dtype=self.dtype)
+        conv = partial(_conv, dtype=self.dtype)
+        x = Stem(self.width, self.stem, conv, norm, name="stem")(x, train)
+        for i, blocks in enumerate(self.stages):
+            width, stride = self.width * 2**i, 1 if i == 0 else 2
+            block = partial(ResidualBlock, width, self.bottleneck, conv, norm)
+            x = Stage(blocks, stride, block, name=f"stage{i + 1}")(x, train)
+        return tap(self, "features", layers.global_average(x))
+
+
+class Stem(nn.Module):
+    """3x3 for small images ("cifar"), or 7x7 and a pool to a quarter ("imagenet")."""
+
+    width: int
+    kind: str
+    conv: partial
+    norm: partial
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        kernel, stride = (7, 2) if self.kind == "imagenet" else (3, 1)
+        x = tapped(self, self.conv(self.width, kernel, stride, name="conv"), x)
+        x = tapped(self, self.norm(name="norm"), x, train)
+        x = tap(self, "relu", nn.relu(x))
+        if self.kind == "imagenet":
+            x = tap(self, "pool", layers.max_pool(x, 3, stride=2, padding=1))
+        return x
+
+
+class Stage(nn.Module):
+    """Residual blocks, of which the first strides."""
+
+    blocks: int
+    stride: int
+    block: partial
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        for i in range(self.blocks):
+            block = self.block(self.stride if i == 0 else 1, name=f"block{i + 1}")
+            x = block(x, train)
+        return x
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions, or 1x1, 3x3, 1x1 to four times the width; plus the input.
+
+    The input passes a 1x1 convolution where its shape differs from the branch's.
+    """
+
+    width: int
+    bottleneck: bool
+    conv: partial
+    norm: partial
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        w, s = self.width, self.stride
+        plan = [(w, 3, s), (w, 3, 1)]  # features, kernel, stride
+        if self.bottleneck:
+            plan = [(w, 1, 1), (w, 3, s), (4 * w, 1, 1)]
+        y = x
+        for i, (features, kernel, stride) in enumerate(plan, 1):
+            y = tapped(self, self.conv(features, kernel, stride, name=f"conv{i}"), y)
+            if i < len(plan):
+                y = tapped(self, self.norm(name=f"norm{i}"), y, train)
+                y = tap(self, f"relu{i}", nn.relu(y))
+            else:
+                zero = nn.initializers.zeros
+                norm = self.norm(scale_init=zero, name=f"norm{i}")
+                y = tapped(self, norm, y, train)
+        if x.shape != y.shape:
+            x = tapped(self, self.conv(y.shape[-1], 1, s, name="shortcut_conv"), x)
+            x = tapped(self, self.norm(name="shortcut_norm"), x, train)
+        return tap(self, "relu", nn.relu(tap(self, "add", x + y)))
+
+
+def _conv(
+    features: int, kernel: int, stride: int, *, dtype: Dtype, name: str
+) -> layers.Conv:
+    return layers.Conv(
+        features,
+        kernel,
+        stride,
+        padding=kernel // 2,
+        use_bias=False,
+        dtype=dtype,
+        name=name,
+    )
+
+
+def resnet(
+    name: str,
+    num_outputs: int,
+    dtype: Dtype,
+    *,
+    width: int = 64,
+    stem: str = "cifar",
+    dense: Sequence[int] = (),
+    dropout: float = 0.0,
+    bn_momentum: float = 0.9,
+) -> layers.Classifier:
+    """One of `STAGES`; `width` is the number of features of stem and first stage."""
+    stages, bottleneck = STAGES[name]
+    base = ResNetBase(stages, bottleneck, width, stem, bn_momentum, dtype)
+    return layers.Classifier(base, layers.Head(num_outputs, dense, dropout, dtype))

@@ -1,0 +1,232 @@
+"""Optimizers, learning-rate schedules, weight-decay mask, EMA of the parameters.
+
+Whatever depends on time is computed from the step count inside the optimizer's own
+state, so that a checkpoint of that state is all that is needed to go on.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+OPTIMIZERS = ("sgd", "adamw", "lamb", "muon")
+SCHEDULES = ("constant", "cosine", "one_cycle", "step")
+
+Schedule = Callable[[ArrayLike], jax.Array]
+
+# Newton-Schulz coefficients of Jordan 2024: the steepest slope at zero, at the price of
+# singular values that end anywhere from 0.68 to 1.21 rather than at 1.
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_NEWTON_SCHULZ_STEPS = 5
+
+
+def create(
+    optimizer: Any, schedule: Any, total_steps: int
+) -> tuple[optax.GradientTransformation, Schedule]:
+    """Build the optimizer and its learning-rate schedule.
+
+    In every optimizer gradients are first clipped to the global norm `clip_norm` (0:
+    not at all), and `weight_decay` acts on the leaves of `weight_decay_mask` only.
+
+    - `sgd`: PyTorch's: decay is added to the gradient (coupled), then
+      buffer = momentum * buffer + gradient, and the update is lr * buffer, or with
+      `nesterov` lr * (gradient + momentum * buffer).
+    - `adamw`: Loshchilov and Hutter 2019, arXiv:1711.05101; decoupled decay, multiplied
+      by the current lr as in PyTorch; epsilon 1e-8.
+    - `lamb`: You et al. 2020, arXiv:1904.00962; epsilon 1e-6. As in the authors' code,
+      leaves without decay (biases, norm scales) have a trust ratio of 1.
+    - `muon`: Jordan et al. 2024, kellerjordan.github.io/posts/muon. The momentum of
+      each kernel, (*spatial, in, out) seen as (spatial * in, out), is orthogonalised.
+      The head and all vectors go through AdamW. Updates are scaled by
+      0.2 * sqrt(max(rows, columns)), which gives them about the root mean square of
+      AdamW's (Liu et al. 2025, arXiv:2502.16982): one lr, one decoupled decay.
+
+    `momentum` is beta1 of Adam's moments; `beta2` their second decay; `nesterov` counts
+    for sgd and muon.
+
+    Args:
+        optimizer: has name, lr, momentum, nesterov, beta2, weight_decay, clip_norm.
+        schedule: has name, warmup, steps, factor, final; see `create_schedule`.
+        total_steps: number of updates of the whole run.
+
+    Returns:
+        The transformation, whose updates are to be added to the parameters, and the
+        schedule: index of an update, from 0, -> learning rate, a float32 scalar.
+
+    Raises:
+        ValueError: an unknown name or a number outside its range.
+    """
+    schedule_fn = create_schedule(schedule, optimizer.lr, total_steps)
+    adam = {"b1": optimizer.momentum, "b2": optimizer.beta2}
+    trace = optax.trace(optimizer.momentum, nesterov=optimizer.nesterov)
+    decay = optax.identity()
+    if optimizer.weight_decay:
+        decay = optax.add_decayed_weights(optimizer.weight_decay, weight_decay_mask)
+    if optimizer.name == "sgd":
+        rule = [decay, trace]
+    elif optimizer.name == "adamw":
+        rule = [optax.scale_by_adam(**adam), decay]
+    elif optimizer.name == "lamb":
+        trust = optax.masked(optax.scale_by_trust_ratio(), weight_decay_mask)
+        rule = [optax.scale_by_adam(**adam, eps=1e-6), decay, trust]
+    elif optimizer.name == "muon":
+        muon = optax.chain(trace, optax.stateless(_muon_direction))
+        rules = {"muon": muon, "adamw": optax.scale_by_adam(**adam)}
+        rule = [optax.partition(rules, _muon_labels), decay]
+    else:
+        raise ValueError(
+            f"optimizer.name is {optimizer.name!r}: known are {', '.join(OPTIMIZERS)}"
+        )
+    if optimizer.clip_norm:
+        rule.insert(0, optax.clip_by_global_norm(optimizer.clip_norm))
+    rule.append(optax.scale_by_learning_rate(schedule_fn))
+    return optax.chain(*rule), schedule_fn
+
+
+def create_schedule(schedule: Any, lr: float, total_steps: int) -> Schedule:
+    """Build the map from the index of an update to its learning rate.
+
+    The first w = round(warmup * total_steps) updates rise linearly,
+    lr * (s + 1) / (w + 1) for update s, so that the first is above 0 and update w is
+    the first at the full lr. After them, with p = (s - w) / (total_steps - w):
+
+    - `constant`: lr.
+    - `cosine`: lr * (final + (1 - final) * (1 + cos(pi * p)) / 2), Loshchilov and
+      Hutter 2017, arXiv:1608.03983, without restarts.
+    - `one_cycle`: lr * (1 - (1 - final) * p), a line up and a line down, Smith 2018,
+      arXiv:1803.09820; `warmup` 0 means 0.3. Momentum is not cycled.
+    - `step`: lr * factor ** (number of `steps` passed); the drop at fraction f counts
+      from update round(f * total_steps) on.
+
+    The value `final` * lr belongs to s = total_steps, one after the last update, so
+    that no update is lost when `final` is 0; it is kept from there on.
+
+    Args:
+        schedule: has name, warmup, steps, factor, final.
+        lr: the highest learning rate.
+        total_steps: number of updates of the whole run.
+
+    Returns:
+        A function of an integer (or an int32 scalar under jit), float32 scalar out.
+
+    Raises:
+        ValueError: an unknown name or a number outside its range.
+    """
+    name, final = schedule.name, schedule.final
+    if name not in SCHEDULES:
+        raise ValueError(f"schedule.name is {name!r}: known are {', '.join(SCHEDULES)}")
+    if total_steps < 1:
+        raise ValueError(f"total_steps is {total_steps}: it must be at least 1")
+    if not 0 <= schedule.warmup < 1:
+        raise ValueError(
+            f"schedule.warmup is {schedule.warmup}: it is a fraction of all steps, "
+            "0 or more and below 1"
+        )
+    if not all(0 < fraction < 1 for fraction in schedule.steps):
+        raise ValueError(
+            f"schedule.steps is {tuple(schedule.steps)}: they are fractions of all "
+            "steps, each between 0 and 1"
+        )
+    warmup = schedule.warmup or (0.3 if name == "one_cycle" else 0.0)
+    warmup_steps = round(warmup * total_steps)
+    decay_steps = max(total_steps - warmup_steps, 1)
+    drops = [round(fraction * total_steps) for fraction in schedule.steps]
+
+    def learning_rate(step: ArrayLike) -> jax.Array:
+        step = jnp.asarray(step).astype(jnp.float32)
+        value = lr * jnp.minimum((step + 1) / (warmup_steps + 1), 1.0)
+        progress = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
+        if name == "cosine":
+            value *= final + (1 - final) * (1 + jnp.cos(jnp.pi * progress)) / 2
+        elif name == "one_cycle":
+            value *= 1 - (1 - final) * progress
+        elif name == "step":
+            for drop in drops:
+                value *= jnp.where(step >= drop, schedule.factor, 1.0)
+        return value
+
+    return learning_rate
+
+
+def weight_decay_mask(params: Any) -> Any:
+    """True for each leaf with more than one axis: kernels, not biases or norm scales.
+
+    Args:
+        params: a tree of arrays (or their ShapeDtypeStruct).
+
+    Returns:
+        A tree of bool of the same structure.
+    """
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def ema_update(ema: Any, params: Any, decay: float, step: ArrayLike) -> Any:
+    """One step of the exponential moving average of the parameters.
+
+    ema = d * ema + (1 - d) * params with d = min(decay, (1 + step) / (10 + step)): the
+    average starts short and grows, so that the initial parameters are soon forgotten
+    (a fixed decay of 0.999 would hold on to them for thousands of steps).
+
+    Args:
+        ema: the average so far; a copy of the initial params at the start.
+        params: the parameters after the update, the same tree, float32.
+        decay: the final decay, 0 to 1.
+        step: index of the update, from 0; an integer or an int32 scalar.
+
+    Returns:
+        The new average, the same tree.
+    """
+    step = jnp.asarray(step).astype(jnp.float32)
+    share = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, new: old + share * (new - old), ema, params)
+
+
+def orthogonalize(matrices: jax.Array) -> jax.Array:
+    """Replace singular values by about 1 (0.68 to 1.21): five Newton-Schulz steps.
+
+    Args:
+        matrices: (..., rows, columns) float32.
+
+    Returns:
+        The same shape; zero for a zero matrix. Singular values below about 0.2% of
+        the Frobenius norm end lower.
+    """
+    a, b, c = _NEWTON_SCHULZ
+    rows, columns = matrices.shape[-2:]
+    x = jnp.swapaxes(matrices, -1, -2) if rows > columns else matrices
+    x /= jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7
+    # Unrolled: on a CPU a compiled loop around matrix products is many times slower.
+    for _ in range(_NEWTON_SCHULZ_STEPS):
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return jnp.swapaxes(x, -1, -2) if rows > columns else x
+
+
+def _muon_labels(params: Any) -> Any:
+    def label(path: tuple, leaf: jax.Array) -> str:
+        in_head = jax.tree_util.keystr(path[:1], simple=True).startswith("head")
+        return "muon" if leaf.ndim > 1 and not in_head else "adamw"
+
+    return jax.tree.map_with_path(label, params)
+
+
+def _muon_direction(momentum: Any, params: Any) -> Any:
+    """Orthogonalise each leaf, and scale it to the root mean square of AdamW."""
+    del params
+    leaves, treedef = jax.tree.flatten(momentum)
+    matrices = [leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves]
+    # Matrices of one shape go together: networks repeat a few shapes many times, and
+    # small products are bound by the cost of starting them.
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, matrix in enumerate(matrices):
+        places.setdefault(matrix.shape, []).append(place)
+    for shape, group in places.items():
+        stacked = orthogonalize(jnp.stack([matrices[place] for place in group]))
+        stacked *= 0.2 * math.sqrt(max(shape))
+        for index, place in enumerate(group):
+            leaves[place] = stacked[index].reshape(leaves[place].shape)
+    return treedef.unflatten(leaves)

@@ -1,0 +1,203 @@
+"""The train and predict steps: pure functions of state and batch."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from convnet import optim
+from convnet.data import augment
+from convnet.task import Task
+
+Batch = dict[str, jax.Array]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that changes from step to step.
+
+    `ema` is None, or the moving average of params and batch_stats:
+    {"params": ..., "batch_stats": ...}.
+    """
+
+    step: jax.Array
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    ema: Any
+
+    def variables(self) -> dict[str, Any]:
+        """Returns the variables to predict with: the averaged ones where there are."""
+        if self.ema is not None:
+            return self.ema
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What stays the same from step to step.
+
+    `mean` and `std` are in units of `to_unit`; `augment` has config.augment's keys.
+    """
+
+    model: nn.Module
+    task: Task
+    optimizer: optax.GradientTransformation
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: Any
+    seed: int
+    accumulate: int
+    ema: float
+
+    def key(self, stream: int, step: jax.Array | int) -> jax.Array:
+        """Returns the key of one use of randomness (0 init, 1 augment, 2 dropout)."""
+        return jax.random.fold_in(
+            jax.random.fold_in(jax.random.key(self.seed), stream), step
+        )
+
+
+def create_state(recipe: Recipe, inputs: jax.Array) -> TrainState:
+    """Initialises the state; `inputs` (1, *spatial, c) gives shape and dtype."""
+    normal = normalize(to_unit(inputs), recipe.mean, recipe.std)
+    variables = recipe.model.init(recipe.key(0, 0), normal, train=False)
+    params = variables["params"]
+    batch_stats = variables.get("batch_stats", {})
+    ema = {"params": params, "batch_stats": batch_stats} if recipe.ema else None
+    return TrainState(
+        jnp.zeros((), jnp.int32),
+        params,
+        batch_stats,
+        recipe.optimizer.init(params),
+        # A copy: the state is donated, and a buffer can be donated only once.
+        jax.tree.map(jnp.copy, ema),
+    )
+
+
+def to_unit(inputs: jax.Array) -> jax.Array:
+    """uint8 0..255 -> float32 0..1; floats stay as they are, in float32."""
+    if inputs.dtype == jnp.uint8:
+        return inputs.astype(jnp.float32) / 255.0
+    return inputs.astype(jnp.float32)
+
+
+def normalize(
+    inputs: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]
+) -> jax.Array:
+    """(inputs - mean) / std, one number or one a channel (the last axis)."""
+    scale = 1.0 / jnp.asarray(std, jnp.float32)
+    return (inputs - jnp.asarray(mean, jnp.float32)) * scale
+
+
+def materialize(data: Batch, batch: Batch) -> Batch:
+    """Gathers a batch's examples from the resident split `data`, if they lie there."""
+    if not data:
+        return batch
+    index = batch["index"]
+    return {
+        **batch,
+        "input": jnp.take(data["input"], index, axis=0),
+        "label": jnp.take(data["label"], index, axis=0),
+        "weight": batch["weight"] * jnp.take(data["weight"], index, axis=0),
+    }
+
+
+def augmented(
+    step: jax.Array | int, data: Batch, batch: Batch, *, recipe: Recipe
+) -> Batch:
+    """Returns the step's batch as training sees it, before normalisation.
+
+    Returns:
+      `input` float32 (b, *spatial, c) in units of `to_unit`, `target` float32 (b, ...),
+      `weight` float32 (b,).
+    """
+    batch = materialize(data, batch)
+    batch = {
+        "input": to_unit(batch["input"]),
+        "target": recipe.task.target(batch["label"]),
+        "weight": batch["weight"],
+        "index": batch["index"],
+        "epoch": batch["epoch"],
+    }
+    return augment.apply(recipe.key(1, step), batch, recipe.augment)
+
+
+def train_step(
+    state: TrainState, data: Batch, batch: Batch, *, recipe: Recipe
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update.
+
+    Args:
+      state: donated by the caller.
+      data: the resident split, or {}.
+      batch: `index`, `epoch`, `weight` (b,), and the examples if `data` is empty.
+      recipe: what stays the same.
+
+    Returns:
+      The next state, and scalars: `count` (the sum of weights), sums of the task's
+      metrics over the batch, `objective` (the minimised loss) and `grad_norm`.
+    """
+    batch = augmented(state.step, data, batch, recipe=recipe)
+    inputs = normalize(batch["input"], recipe.mean, recipe.std)
+    weight, target = batch["weight"], batch["target"]
+    total = jnp.maximum(weight.sum(), 1.0)
+    dropout = recipe.key(2, state.step)
+
+    def objective(params, batch_stats, part):
+        # Interleaved, so that each device works on its own share of every microbatch.
+        pick = lambda x: x.reshape(-1, recipe.accumulate, *x.shape[1:])[:, part]  # noqa: E731
+        logits, updated = recipe.model.apply(
+            {"params": params, "batch_stats": batch_stats},
+            pick(inputs),
+            train=True,
+            mutable=["batch_stats"],
+            rngs={"dropout": jax.random.fold_in(dropout, part)},
+        )
+        loss = (recipe.task.loss(logits, pick(target)) * pick(weight)).sum() / total
+        values = recipe.task.metrics(logits, pick(target))
+        sums = {name: (v * pick(weight)).sum() for name, v in values.items()}
+        return loss, (updated.get("batch_stats", {}), sums)
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+    batch_stats, grads, metrics = state.batch_stats, None, None
+    # Unrolled: XLA's loops are many times slower on a CPU.
+    for part in range(recipe.accumulate):
+        (loss, (batch_stats, sums)), part_grads = gradient(
+            state.params, batch_stats, part
+        )
+        sums = {"objective": loss, **sums}
+        grads = part_grads if part == 0 else jax.tree.map(jnp.add, grads, part_grads)
+        metrics = sums if part == 0 else jax.tree.map(jnp.add, metrics, sums)
+
+    updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+        latest = {"params": params, "batch_stats": batch_stats}
+        ema = optim.ema_update(ema, latest, recipe.ema, state.step)
+    metrics |= {"count": weight.sum(), "grad_norm": optax.global_norm(grads)}
+    return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
+
+
+def predict_step(
+    variables: dict[str, Any], data: Batch, batch: Batch, *, recipe: Recipe
+) -> dict[str, jax.Array]:
+    """Predicts a batch.
+
+    Returns:
+      `prediction` (b, ...), `label` (b, ...), `weight` (b,), and the task's metrics,
+      each (b,).
+    """
+    batch = materialize(data, batch)
+    inputs = normalize(to_unit(batch["input"]), recipe.mean, recipe.std)
+    logits = recipe.model.apply(variables, inputs, train=False)
+    target = recipe.task.target(batch["label"])
+    return {
+        "prediction": recipe.task.predict(logits),
+        "label": batch["label"],
+        "weight": batch["weight"],
+        **recipe.task.metrics(logits, target),
+    }

@@ -1,0 +1,213 @@
+"""A run, in the order in which it happens.
+
+`prepare` reads the config, opens the data, builds the model and the state; `run` resumes,
+compiles, loops, and finishes with an evaluation, a result and a report.
+"""
+
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from jax.sharding import Mesh
+
+from convnet import config as config_lib
+from convnet import finish, models, optim
+from convnet import mesh as mesh_lib
+from convnet import step as step_lib
+from convnet import task as task_lib
+from convnet.checkpoint import Checkpoints
+from convnet.data import pipeline
+from convnet.data import source as source_lib
+from convnet.errors import UsageError
+from convnet.loop import Loop
+from convnet.models import summary as summary_lib
+from convnet.step import Recipe, TrainState
+from convnet.workdir import Workdir
+
+@dataclasses.dataclass
+class Run:
+    """Everything that a run needs, made by `prepare`."""
+
+    config: ml_collections.ConfigDict
+    mesh: Mesh
+    dataset: source_lib.Dataset
+    recipe: Recipe
+    schedule: optim.Schedule
+    total_steps: int
+    state: TrainState | None
+    train_order: pipeline.TrainOrder
+    summary: str
+    example_shape: tuple[int, ...]
+    compile_seconds: float = 0.0
+    train_seconds: float = 0.0
+    best: float | None = None
+    predicted: dict[str, Any] | None = None
+    splits: dict[str, pipeline.Split] = dataclasses.field(default_factory=dict)
+    _predict: Any = None
+
+    def split(self, name: str) -> pipeline.Split:
+        """Returns the split "train" or "test", opened when it is first needed."""
+        if name not in self.splits:
+            source = getattr(self.dataset, name)
+            self.splits[name] = pipeline.create(source, self.config.data, self.mesh)
+        return self.splits[name]
+
+    def compile(self, function: Any, *args: Any, **options: Any) -> Any:
+        """Compiles a pure step for its arguments, on the clock of compilation."""
+        start = time.perf_counter()
+        compiled = (
+            jax.jit(
+                functools.partial(function, recipe=self.recipe),
+                compiler_options=mesh_lib.compiler_options(jax.default_backend()),
+                **options,
+            )
+            .lower(*args)
+            .compile()
+        )
+        self.compile_seconds += time.perf_counter() - start
+        return compiled
+
+    def predict(self, variables: Any, data: Any, batch: Any) -> dict[str, jax.Array]:
+        """The compiled predict step."""
+        if self._predict is None:
+            self._predict = self.compile(
+                step_lib.predict_step, variables, data, batch
+            )
+        return self._predict(variables, data, batch)
+
+
+def prepare(config: ml_collections.ConfigDict) -> Run:
+    """Opens the data, builds model, optimizer and state.
+
+    Args:
+      config: as `config.default()`; its open values (the model's own options, mean and
+        std) are filled in.
+
+    Raises:
+      UsageError: a value is wrong, or values do not go together.
+      ConvnetError: the data cannot be used.
+    """
+    config_lib.validate(config)
+    mesh = mesh_lib.make(config.data.batch_size)
+    dataset = source_lib.load(config.data, config.seed)
+    config_lib.resolve(config, functools.partial(pipeline.measure, dataset.train))
+    example = pipeline.first(dataset.train)["input"][None]
+    task = task_lib.create(config, dataset)
+    model = models.create(
+        config.model.name,
+        num_outputs=task.num_outputs,
+        dtype=config.model.dtype,
+        **config_lib.model_options(config),
+    )
+    total_steps = config_lib.total_steps(config, len(dataset.train))
+    try:
+        summary = summary_lib.summarize(model, example.shape)
+        optimizer, schedule = optim.create(
+            config.optimizer, config.schedule, total_steps
+        )
+    except ValueError as error:
+        raise UsageError(f"{error} (input {example.shape[1:]})") from error
+    recipe = Recipe(
+        model,
+        task,
+        optimizer,
+        tuple(config.data.mean),
+        tuple(config.data.std),
+        config.augment,
+        config.seed,
+        config.optimizer.accumulate,
+        config.optimizer.ema,
+    )
+    order = pipeline.TrainOrder(
+        len(dataset.train), config.data.batch_size, config.seed
+    )
+    return Run(
+        config=config,
+        mesh=mesh,
+        dataset=dataset,
+        recipe=recipe,
+        schedule=schedule,
+        total_steps=total_steps,
+        state=None,
+        train_order=order,
+        summary=summary,
+        example_shape=example.shape[1:],
+    )
+
+
+def run(config: ml_collections.ConfigDict, path: Path, command: str) -> dict[str, Any]:
+    """Trains, evaluates and reports, going on from where the workdir stands.
+
+    Args:
+      config: the experiment; filled in as `prepare` does.
+      path: the workdir.
+      command: what the report shows as the way to reproduce the run.
+
+    Returns:
+      The content of result.json.
+
+    Raises:
+      ConvnetError: with the reason; what was done so far is kept.
+      Interrupted: by a signal, after a checkpoint was saved.
+    """
+    workdir = Workdir(path)
+    workdir.adopt(config)
+    it = prepare(config)
+    workdir.check(config)
+    result = workdir.read_json("result.json")
+    if result is not None:
+        print(f"{path} is finished (step {result['step']}); nothing to do")
+        return result
+    workdir.create()
+    workdir.write_json("config.json", config_lib.to_dict(config))
+    print(_heading(it, path))
+    checkpoints = Checkpoints(path / "checkpoints", config.checkpoint.keep)
+    try:
+        it.state = initial_state(it)
+        start = _resume(it, checkpoints)
+        workdir.cut(start)
+        if start < it.total_steps:
+            Loop(it, start, checkpoints, workdir).run()
+        checkpoints.wait()
+        return finish.finish(it, workdir, command)
+    finally:
+        checkpoints.close()
+        workdir.close()
+
+
+def _heading(it: Run, path: Path) -> str:
+    examples = f"{len(it.dataset.train):,} train, {len(it.dataset.test):,} test"
+    return (
+        f"{it.summary}\n"
+        f"data: {it.config.data.name}, {examples};"
+        f" {len(it.dataset.classes) or 'no'} classes\n"
+        f"devices: {mesh_lib.describe(it.mesh)}\n"
+        f"steps: {it.total_steps:,} of {it.config.data.batch_size} examples\n"
+        f"workdir: {path}"
+    )
+
+
+def initial_state(it: Run) -> TrainState:
+    """Initialises the state on the mesh, under jit."""
+    example = jnp.asarray(pipeline.first(it.dataset.train)["input"][None])
+    create = functools.partial(step_lib.create_state, it.recipe)
+    start = time.perf_counter()
+    state = jax.jit(create, out_shardings=mesh_lib.replicated(it.mesh))(example)
+    jax.block_until_ready(state)
+    it.compile_seconds += time.perf_counter() - start
+    return state
+
+
+def _resume(it: Run, checkpoints: Checkpoints) -> int:
+    restored = checkpoints.restore(it.state)
+    if restored is None:
+        return 0
+    it.state, about = restored
+    it.best, it.train_seconds = about["best"], about["train_seconds"]
+    print(f"resuming from step {about['step']:,}")
+    return about["step"]

@@ -1,0 +1,127 @@
+"""The folder of a run: what lies in it, written so that nothing is ever half there."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import tensorboardX
+
+from convnet import config as config_lib
+from convnet.errors import ConvnetError, UsageError
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file beside its place, then renames it there."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+class Workdir:
+    """config.json, metrics.jsonl, tensorboard/, result.json and their rules."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._writer: tensorboardX.SummaryWriter | None = None
+
+    def create(self) -> None:
+        """Makes the folder.
+
+        Raises:
+          ConvnetError: it cannot be made or written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".write-test.{os.getpid()}"
+            probe.write_bytes(b"x")
+            probe.unlink()
+        except OSError as error:
+            raise ConvnetError(
+                f"--workdir={self.path} cannot be written to: {error.strerror};"
+                " choose another"
+            ) from error
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Returns the content of a JSON file of the folder, None if it is absent."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConvnetError(
+                f"{path} cannot be read: {error}; remove the workdir or choose another"
+            ) from error
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Writes a JSON file into the folder."""
+        write(self.path / name, json.dumps(content, indent=2) + "\n")
+
+    def adopt(self, config: ml_collections.ConfigDict) -> None:
+        """Fills the keys that the first run measured from its data: mean and std."""
+        saved = self.read_json("config.json")
+        for name in ("mean", "std"):
+            if saved and not config.data[name]:
+                config.data[name] = tuple(saved["data"][name])
+
+    def check(self, config: ml_collections.ConfigDict) -> None:
+        """Refuses to go on with a run that another config began.
+
+        Raises:
+          UsageError: names the keys that differ, with both values.
+        """
+        saved = self.read_json("config.json")
+        if saved is None:
+            return
+        differ = []
+        for name, value in config_lib.result_keys(config).items():
+            node: Any = saved
+            for part in name.split("."):
+                node = node.get(part, "absent") if isinstance(node, dict) else "absent"
+            if node != value:
+                differ.append(f"  {name}: {node!r} there, {value!r} now")
+        if differ:
+            raise UsageError(
+                f"{self.path} holds a run with another config:\n"
+                + "\n".join(differ)
+                + "\nchoose another --workdir, or the same values"
+            )
+
+    def cut(self, step: int) -> None:
+        """Cuts metrics.jsonl back to `step`, and the TensorBoard curves with it."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            rows = [row for row in self.history() if row["step"] <= step]
+            write(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._writer = tensorboardX.SummaryWriter(
+            str(self.path / "tensorboard"), purge_step=step + 1
+        )
+
+    def history(self) -> list[dict[str, Any]]:
+        """Returns the rows of metrics.jsonl; a line that a kill cut short is dropped."""
+        rows = []
+        path = self.path / "metrics.jsonl"
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+        return rows
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Appends a line to metrics.jsonl, and points to TensorBoard."""
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        assert self._writer is not None, "cut() comes first"
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the TensorBoard file."""
+        if self._writer is not None:
+            self._writer.close()

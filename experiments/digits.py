@@ -1,0 +1,25 @@
+"""Handwritten digits, 8x8, which come inside scikit-learn: no download."""
+
+from convnet import config as config_lib
+
+
+def get_config():
+    config = config_lib.default()
+    config.data.name = "digits"
+    config.data.batch_size = 128
+    config.augment.translate = 0.1
+    config.augment.rotate = 8.0
+    config.augment.zoom = 0.1
+    config.model.name = "cnn"
+    config.model.widths = (32, 64)
+    config.model.depth = 2
+    config.model.norm = "batch"
+    config.model.dense = (64,)
+    config.model.dropout = 0.3
+    config.optimizer.name = "adamw"
+    config.optimizer.lr = 3e-3
+    config.optimizer.weight_decay = 1e-2
+    config.schedule.name = "one_cycle"
+    config.train.epochs = 40.0
+    config.train.eval_every = 5.0
+    return config
