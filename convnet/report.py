@@ -155,9 +155,10 @@ def classes(contents: Report) -> dict:
     labels = np.asarray(evaluation.labels).astype(np.int64)
     numbers = np.isfinite(probabilities if binary else probabilities.sum(-1))
     invalid = int((~numbers).sum())
+    frequent = np.bincount(labels).max() / len(labels) if len(labels) else 0.0
     labels, probabilities = labels[numbers], probabilities[numbers]
     if binary:
-        predicted = (probabilities >= 0.5).astype(np.int64)
+        predicted = (probabilities > 0.5).astype(np.int64)
         confidences = np.maximum(probabilities, 1 - probabilities)
         k = 2
     else:
@@ -187,14 +188,13 @@ def classes(contents: Report) -> dict:
         if row["count"]
     ]
     rows.sort(key=lambda row: row["recall"])
-    most = counts.sum(1).max() / n if len(labels) else 0.0
     return {
         "tiles": tiles + common_tiles(contents),
         "invalid": invalid,
-        "majority": percent(most),
+        "majority": percent(frequent),
         "rows": rows,
         "worst": WORST if len(rows) > WORST else len(rows),
-        "matrix": report_figures.matrix(counts, names) if 2 <= k <= MATRIX else [],
+        "matrix": report_figures.matrix(counts, names) if rows and k <= MATRIX else [],
         "pairs": report_figures.pairs(counts, names) if k > MATRIX else [],
         "names": names,
         "figures": figures,
@@ -248,10 +248,8 @@ def mistake(example: Mistake, contents: Report) -> dict:
             return value
         if contents.task != "regression":
             return contents.classes[int(value)] if contents.classes else str(int(value))
-        values = np.asarray(value, np.float64)
-        if values.size > 4:
-            return f"{'×'.join(map(str, values.shape))}, mean {number(values.mean())}"
-        return ", ".join(number(v) for v in values.ravel())
+        values = np.asarray(value, np.float64).ravel()
+        return ", ".join(number(v) for v in values) if values.size <= 4 else ""
 
     label, predicted = named(example.label), named(example.predicted)
     alt = f"{example.id}: truth {label}, predicted {predicted}"

@@ -91,15 +91,15 @@ def curve(
         Scale(float(min(steps.min(), 0)), float(max(steps.max(), 1))),
         Scale.around(values, log=log, **({"label": whole_percent} if shares else {})),
         "step",
-        "log scale" if log else "",
+        f"{title.lower()}, log scale" if log else title.lower(),
     )
     legend, words = [], []
     for key, (xs, ys) in drawn.items():
         style = "b" if key.startswith("test/") else "a"
         plot.line(xs, ys, style)
-        if style == "b" and len(xs) <= 60:
+        if len(xs) == 1 or (style == "b" and len(xs) <= 60):
             keep = np.isfinite(ys)
-            plot.points(xs[keep], ys[keep], "b")
+            plot.points(xs[keep], ys[keep], style)
         last = show(lines[key][1][-1])
         legend.append((style, f"{keys[key]} {last}"))
         words.append(f"{keys[key]} ends at {last}")
@@ -167,9 +167,9 @@ def reliability(confidences: np.ndarray, correct: np.ndarray) -> Figure:
             f"{percent(found['ece'])}"
         ),
         "Of the answers given with 80% confidence, 80% should be right: then the bars"
-        " end on the dashed line. Below it the model is too sure of itself, above it too"
-        f" modest.{verdict} The expected calibration error (ECE) is the mean distance to"
-        " the line; the fine lines are 95% intervals.",
+        " end on the dashed line. Below it the model is too sure of itself, above it"
+        f" too modest.{verdict} The expected calibration error (ECE) is the mean"
+        " distance to the line; the fine lines are 95% intervals.",
         [("a", f"ECE {percent(found['ece'])}")],
     )
 
@@ -220,8 +220,8 @@ def binary(
             "Probabilities of both classes",
             plot.svg(f"Histograms of the probability of {positive} for both classes"),
             "Two separate heaps, one at each end, are what you want; where they"
-            " overlap, the model cannot tell the classes apart. Right of the dashed line (50%)"
-            f" the answer is “{positive}”.",
+            " overlap, the model cannot tell the classes apart. Right of the dashed"
+            f" line (50%) the answer is “{positive}”.",
             [("a", f"{negative} ({no.sum():,})"), ("b", f"{positive} ({yes.sum():,})")],
         )
     ]
@@ -238,7 +238,7 @@ def precision_recall(
     precision, recall, thresholds = precision_recall_curve(labels, probabilities)
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
     best = int(f1[:-1].argmax())
-    said, hits = probabilities >= 0.5, (probabilities >= 0.5) & (labels == 1)
+    said, hits = probabilities > 0.5, (probabilities > 0.5) & (labels == 1)
     at_half = (hits.sum() / max(said.sum(), 1), hits.sum() / labels.sum())
     kept = np.unique(np.linspace(0, len(recall) - 1, 300).round().astype(int))
     plot = Plot(

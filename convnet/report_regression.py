@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup, escape
 
-from convnet import metrics
 from convnet.report_figures import Figure, picture
 from convnet.report_svg import Plot, Scale, number, sparkline
 
@@ -27,10 +26,9 @@ def figures(labels: np.ndarray, predictions: np.ndarray) -> list[Figure]:
     plot = Plot(both, both, "truth", "prediction")
     plot.points(truth[few], guess[few], "a")
     plot.line([both.low, both.high], [both.low, both.high], "guide")
-    scores = metrics.regression(truth, guess)
     scatter = Figure(
         "Prediction against truth",
-        plot.svg(f"Predictions against the truth, R² {number(scores['r2'])}"),
+        plot.svg("Predictions against the truth"),
         "Every dot is one value; a perfect model puts all of them on the dashed line."
         + (f" {SHOWN:,} of {len(truth):,} are drawn." if len(truth) > SHOWN else ""),
     )
@@ -41,13 +39,13 @@ def figures(labels: np.ndarray, predictions: np.ndarray) -> list[Figure]:
     edges = np.linspace(span.low, span.high, 32)
     counts = np.histogram(errors, edges)[0]
     plot = Plot(span, Scale.around(counts, zero=True), "prediction − truth", "values")
-    plot.bars(edges, counts, "a")
+    plot.bars(edges, counts, "a see")
     plot.line([0, 0], [plot.y.low, plot.y.high], "guide")
     outside = len(errors) - int(counts.sum())
     mean = number(errors.mean())
     histogram = Figure(
         "Errors",
-        plot.svg(f"Histogram of errors, mean {mean}, RMSE {number(scores['rmse'])}"),
+        plot.svg(f"Histogram of errors, mean {mean}"),
         "A narrow heap around zero (dashed) is good; a heap beside zero means that the"
         " model is always too high or too low."
         + (f" {outside:,} of {len(errors):,} values lie outside." if outside else ""),
@@ -75,11 +73,10 @@ def examples(
     found = []
     for name, place in places.items():
         i = order[place]
-        title = f"{name} example"
-        alt = f"{title}, {ids[i]}"
-        body, legend, note = compare(labels[i], predictions[i], alt)
+        title = f"{name} example: {ids[i]}"
+        body, legend, note = compare(labels[i], predictions[i], title)
         legend = [*legend, ("plain", f"loss {number(losses[i])}")]
-        found.append(Figure(title, body, f"{note} {ids[i]}", legend))
+        found.append(Figure(title, body, note, legend))
     return found
 
 

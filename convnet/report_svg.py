@@ -20,7 +20,7 @@ def number(value: float, digits: int = 4) -> str:
     where it can be avoided."""
     value = float(value)
     if not math.isfinite(value):
-        return "not a number" if math.isnan(value) else ("∞" if value > 0 else "−∞")
+        return "NaN" if math.isnan(value) else ("∞" if value > 0 else "−∞")
     if value == 0:
         return "0"
     if not 1e-4 <= abs(value) < 1e9:
@@ -136,17 +136,15 @@ class Plot:
         return np.stack(np.broadcast_arrays(across, down), -1)
 
     def line(self, xs: Sequence[float], ys: Sequence[float], style: str) -> None:
-        """A polyline, broken where a point is no number; a lone point is a dot."""
+        """A polyline, broken where a point is no number."""
         path, pen = [], "M"
-        points = self.at(xs, ys)
-        for x, y in points.tolist():
+        for x, y in self.at(xs, ys).tolist():
             if math.isfinite(x) and math.isfinite(y):
-                path.append(f"{pen}{x:.1f} {y:.1f}")
+                # A stroke without length shows a point that stands alone.
+                path.append(f"{pen}{x:.1f} {y:.1f}" + ("h0" if pen == "M" else ""))
                 pen = "L"
             else:
                 pen = "M"
-        if len(path) == 1:
-            path.append("h0")
         self.marks.append(f'<path class="line {style}" d="{"".join(path)}"/>')
 
     def points(self, xs: Sequence[float], ys: Sequence[float], style: str) -> None:
@@ -211,9 +209,8 @@ def sparkline(series: np.ndarray, alt: str, points: int = 240) -> Markup:
     lines = []
     for c, channel in enumerate(series.T):
         parts = np.array_split(np.arange(len(channel)), min(points // 2, len(channel)))
-        kept = sorted(
-            {int(p[i(channel[p])]) for p in parts for i in (np.argmin, np.argmax)}
-        )
+        kept = {int(p[i(channel[p])]) for p in parts for i in (np.argmin, np.argmax)}
+        kept = sorted(kept | {0, len(channel) - 1})
         across = np.array(kept) / max(len(channel) - 1, 1) * 200
         down = 96 - (channel[kept] - low) / span * 92
         path = "L".join(

@@ -15,6 +15,7 @@ unset CDPATH
 # What these point to, pip would take for installed.
 unset PYTHONHOME PYTHONPATH
 root=$(cd "$(dirname "$0")/.." && pwd -P)
+newline=$'\n'
 
 say() { printf 'convnet: %s\n' "$*" >&2; }
 
@@ -47,8 +48,8 @@ print(version, os.path.realpath(getattr(sys, "_base_executable", sys.executable)
 # Of what a probe printed, the line that says what is wrong.
 reason() { # OUTPUT
     case $1 in
-    Traceback*) printf '%s' "${1##*$'\n'}" ;;
-    *) printf '%s' "${1%%$'\n'*}" ;;
+    Traceback*) printf '%s' "${1##*"$newline"}" ;;
+    *) printf '%s' "${1%%"$newline"*}" ;;
     esac
 }
 
@@ -86,7 +87,7 @@ find_python() { # VERSION...
             fail 1 "no Python ($*) runs here and can make environments. Install one," \
                 "or name one: CONVNET_PYTHON=/path/to/python3.13.${tried:+ Tried:$tried}"
     fi
-    found=${found##*$'\n'}
+    found=${found##*"$newline"}
     version=${found%% *}
     python=${found#* }
 }
@@ -188,7 +189,7 @@ if finished; then
     say "bringing $venv up to date"
 else
     [ -n "$version" ] || find_python 3.13 3.12 3.11
-    say "making $venv with Python $version ($python)"
+    say "making $venv, of about 1 GB, with Python $version ($python)"
     clear_venv
     : >"$log"
     logged "$python" -I -m venv "$venv"
@@ -198,13 +199,16 @@ for extra in $(cat "$asked" 2>/dev/null); do
 done
 extras=${extras# }
 echo "$extras" >"$asked"
-say "installing the pinned packages${extras:+ ($extras)}: about 1 GB; see $log"
-# Bytecode is written when a module is first imported; compiling all of it takes longer
-# than the rest of the installation, and most is never used.
+say "installing the pinned packages${extras:+ ($extras)}; see $log"
 cd "$root"
 logged "$venv/bin/python" -I -m pip install --no-input --no-compile \
     --disable-pip-version-check --progress-bar off -c launch/pins.txt \
     -e ".${extras:+[${extras// /,}]}"
+# pip would compile on one core, and tests too. Some libraries hold files for other
+# versions of Python, which do not compile: that is no failure. Without bytecode, and
+# where none may be written (PYTHONDONTWRITEBYTECODE), every start takes seconds more.
+"$venv/bin/python" -I -m compileall -q -j 0 -x '/tests/' "$venv/lib" \
+    >>"$log" 2>&1 </dev/null || true
 printf '%s\n' "$place" "$python" "$pins" "$extras" >"$stamp.new"
 mv "$stamp.new" "$stamp"
 say "ready after $SECONDS s"

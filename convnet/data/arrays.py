@@ -50,13 +50,13 @@ def load(path: str) -> Dataset:
 def _read_npz(path: str) -> dict[str, np.ndarray]:
     key = "it"
     try:
-        file = np.load(Path(path).expanduser(), allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise ValueError("it holds one array, without names")
-        with file:
+        with open(Path(path).expanduser(), "rb") as file:
+            content = np.load(file, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                raise ValueError("it holds one array, without names")
             found = {}
-            for key in (key for key in _KEYS if key in file.files):
-                found[key] = file[key]
+            for key in (key for key in _KEYS if key in content.files):
+                found[key] = content[key]
             return found
     except Exception as error:  # zipfile, zlib and NumPy each raise their own
         raise ConvnetError(

@@ -90,7 +90,9 @@ def shape(data: bytes | str | Path, id: str) -> tuple[int, int]:
     """
     with _opened(data, id) as image:
         width, height = image.size
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        # From 5 on the sides change places; Pillow does that for TIFF by itself.
+        turned = image.format != "TIFF" and _orientation(image) >= 5
+        return (width, height) if turned else (height, width)
 
 
 @dataclass(frozen=True)

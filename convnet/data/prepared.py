@@ -1,7 +1,6 @@
 """Datasets prepared by TFDS as ArrayRecord files, read without TensorFlow."""
 
-import difflib
-import re
+import resource
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from convnet.data import decode
-from convnet.data.source import BUILT_IN, Dataset
-from convnet.errors import ConvnetError, UsageError
+from convnet.data import decode, tfds_folder
+from convnet.data.source import Dataset
+from convnet.errors import ConvnetError
 
-_DOWNLOADABLE = ("cifar10", "cifar100")
-_TEST_NAMES = ("test", "validation")
-_INFO = "dataset_info.json"
+_SPLITS = ("train", "test", "validation")
 
 
 class PreparedSource:
@@ -90,8 +87,9 @@ class PreparedSource:
 
     def labelled(self) -> bool:
         """Whether the first record has a label; competitions keep those of the test."""
+        records = self._opened()
         try:
-            _, label = self._parsed(self._opened()[0])
+            _, label = self._parsed(records[0])
         except Exception:  # damaged: a bad record later, not a missing label
             return True
         return 0 <= label < self.classes
@@ -104,7 +102,9 @@ class PreparedSource:
             if self._records is None:
                 import tensorflow_datasets as tfds
 
-                self._records = _builder(self.directory).as_data_source(
+                builder = tfds_folder.builder(self.directory)
+                _allow_open_files(len(builder.info.splits[self.split].filepaths))
+                self._records = builder.as_data_source(
                     self.split,
                     deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
                 )
@@ -156,18 +156,18 @@ def load(name: str, directory: str, size: int, resize: str) -> Dataset:
         ConvnetError: not prepared, not ArrayRecord, or no images with class labels.
     """
     root = Path(directory or "~/tensorflow_datasets").expanduser()
-    found = _find(name, root)
-    if found is None and name in _DOWNLOADABLE:
+    found = tfds_folder.find(name, root)
+    if found is None and name in tfds_folder.DOWNLOADABLE:
         from convnet.data import cifar
 
         cifar.prepare(name, str(root))
-        found = _find(name, root)
+        found = tfds_folder.find(name, root)
     if found is None:
-        raise _not_prepared(name, directory, root)
-    builder = _builder(str(found))
-    _check_files(found, name, builder)
+        raise tfds_folder.not_prepared(name, root)
+    builder = tfds_folder.builder(str(found))
+    tfds_folder.check_files(found, name, builder, _SPLITS)
     features = builder.info.features
-    image, label = _features(found, features)
+    image, label = tfds_folder.features(found, features)
 
     def source(split: str) -> PreparedSource:
         return PreparedSource(
@@ -182,7 +182,7 @@ def load(name: str, directory: str, size: int, resize: str) -> Dataset:
             resize,
         )
 
-    splits = {s: source(s) for s in ("train", *_TEST_NAMES) if s in builder.info.splits}
+    splits = {s: source(s) for s in _SPLITS if s in builder.info.splits}
     usable = [s for s in splits if len(splits[s]) and splits[s].labelled()]
     if usable[:1] != ["train"] or len(usable) < 2:
         raise ConvnetError(
@@ -196,94 +196,6 @@ def load(name: str, directory: str, size: int, resize: str) -> Dataset:
     return Dataset(train, test, tuple(features[label].names))
 
 
-def _builder(directory: str) -> Any:
-    import tensorflow_datasets as tfds
-
-    try:
-        builder = tfds.builder_from_directory(directory)
-        file_format = builder.info.file_format
-    except Exception as error:  # malformed JSON, unknown features, missing files
-        raise ConvnetError(f"{directory}: not a prepared dataset: {error}") from None
-    if file_format is None or file_format.value != "array_record":
-        kind = file_format.value if file_format else "unknown"
-        raise ConvnetError(
-            f"{directory}: the file format is {kind}, wanted array_record; prepare it "
-            "with tfds.builder(NAME, file_format='array_record').download_and_prepare()"
-        )
-    return builder
-
-
-def _find(name: str, root: Path) -> Path | None:
-    """The folder of the newest version that fits the name; None if there is none."""
-    if (root / _INFO).is_file():
-        return root
-    base, _, version = name.partition(":")
-    base, _, config = base.partition("/")
-    if base in ("", ".", ".."):
-        raise UsageError(f"data.name={name!r}: wanted the name of a dataset")
-    depth = f"{config or '*'}/*/{_INFO}"
-    infos = [*(root / base).glob(f"*/{_INFO}")] if not config else []
-    folders = [path.parent for path in infos + [*(root / base).glob(depth)]]
-    folders = [f for f in folders if re.fullmatch(r"\d+\.\d+\.\d+", f.name)]
-    folders = [f for f in folders if version in ("", f.name)]
-    if len({folder.parent for folder in folders}) > 1:
-        names = ", ".join(sorted({f"{base}/{f.parent.name}" for f in folders}))
-        raise ConvnetError(
-            f"data.name={name!r}: several configurations, name one: {names}"
-        )
-    return max(folders, key=lambda f: [int(n) for n in f.name.split(".")], default=None)
-
-
-def _not_prepared(name: str, directory: str, root: Path) -> ConvnetError:
-    prepared = sorted(
-        {path.relative_to(root).parts[0] for path in root.glob(f"*/*/{_INFO}")}
-        | {path.relative_to(root).parts[0] for path in root.glob(f"*/*/*/{_INFO}")}
-    )
-    known = [*BUILT_IN, *_DOWNLOADABLE, *prepared]
-    near = difflib.get_close_matches(name, known, n=1)
-    return ConvnetError(
-        f"data.name={name!r} is not prepared in {root} (found there: "
-        f"{', '.join(prepared) or 'nothing'})"
-        + (f"; did you mean {near[0]!r}?" if near else ".")
-        + f"\nSet data.dir to a folder that holds {name}/VERSION, or prepare it with"
-        f" tfds.builder({name!r}, data_dir={str(root)!r},"
-        " file_format='array_record').download_and_prepare()."
-    )
-
-
-def _features(folder: Path, features: Any) -> tuple[str, str]:
-    """Names of the image and of the label."""
-    import tensorflow_datasets as tfds
-
-    images = [k for k, v in features.items() if isinstance(v, tfds.features.Image)]
-    labels = [k for k, v in features.items() if isinstance(v, tfds.features.ClassLabel)]
-    for kind, keys, usual in (
-        ("Image", images, "image"),
-        ("ClassLabel", labels, "label"),
-    ):
-        if usual in keys:
-            keys[:] = [usual]
-        if len(keys) != 1:
-            raise ConvnetError(
-                f"{folder}: {len(keys)} features of kind {kind} among "
-                f"{', '.join(features)}; wanted one, or one named {usual!r}"
-            )
-    return images[0], labels[0]
-
-
-def _check_files(folder: Path, name: str, builder: Any) -> None:
-    """The folder holds the dataset that was asked for, and all of its files."""
-    base = name.partition(":")[0].partition("/")[0]
-    if builder.info.name != base:
-        raise ConvnetError(
-            f"{folder} holds {builder.info.name!r}, but data.name is {name!r}"
-        )
-    for split in builder.info.splits.values():
-        for path in split.filepaths:
-            if split.name in ("train", *_TEST_NAMES) and not Path(path).is_file():
-                raise ConvnetError(f"{path}: no such file; prepare {name} again")
-
-
 def _first_shape(source: PreparedSource) -> decode.FirstShape | None:
     """The shape of the first readable image among the first 100."""
     for index in range(min(100, len(source))):
@@ -293,3 +205,20 @@ def _first_shape(source: PreparedSource) -> decode.FirstShape | None:
             continue
         return decode.FirstShape(example["input"].shape, example["id"])
     return None
+
+
+def _allow_open_files(count: int) -> None:
+    """Raises this process's limit of open files where it is too low.
+
+    array_record keeps every shard open; ImageNet's 1,024 exceed the usual limit.
+    """
+    wanted = 2 * count + 512  # train and test, and all else that the process opens
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= wanted or soft == resource.RLIM_INFINITY:
+        return
+    if hard < wanted and hard != resource.RLIM_INFINITY:
+        raise ConvnetError(
+            f"{count} files have to be open at once, and the system's limit is {hard}; "
+            f"raise it to {wanted} (ulimit -n)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -76,7 +76,8 @@ def recolour(images: jax.Array, op: jax.Array, strength: jax.Array) -> jax.Array
     if images.shape[-1] == 3:
         base = jnp.where(chosen("saturation"), colour.grey(images), base)
     blended = colour.blend(base, images, 1 + MAX_FACTOR * strength)
-    result = jnp.clip(blended, 0, 1)
+    # Held apart: fused into one, XLA on a CPU repeats the histograms' work.
+    result = jax.lax.optimization_barrier(jnp.clip(blended, 0, 1))
 
     bits = 8 - jnp.round((8 - MIN_BITS) * size).astype(jnp.int32)
     for name, changed in (

@@ -17,9 +17,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from convnet.models.cnn import cnn
+from convnet.models.intermediates import taps
 from convnet.models.layers import Classifier
 from convnet.models.resnet import resnet
-from convnet.models.intermediates import taps
 from convnet.models.vgg import vgg, vgg_bn
 
 _CONSTRUCTORS: dict[str, Callable[..., Classifier]] = {

@@ -126,11 +126,11 @@ class BatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, c, jnp.float32)
         x = x.astype(jnp.float32)
         if train:
-            axes = range(x.ndim - 1)
-            mu = x.mean(axes)
+            axes = tuple(range(x.ndim - 1))
+            mu = jnp.mean(x, axes)
             # Not mean(x^2) - mean(x)^2, which saves a pass over the array and loses all
             # digits where the mean is large against the spread.
-            sigma2 = jnp.square(x - mu).mean(axes)
+            sigma2 = jnp.mean(jnp.square(x - mu), axes)
             if not self.is_initializing():
                 m = self.momentum
                 mean.value = m * mean.value + (1 - m) * mu
@@ -156,7 +156,7 @@ def max_pool(
     _check_fits(x, window, padding)
     if stride in (None, window) and padding == 0:
         tiles, within = _tiles(x, window)
-        return tiles.max(within)
+        return jnp.max(tiles, within)
     return _reduce_window(x, -np.inf, lax.max, window, stride or window, padding)
 
 
@@ -168,7 +168,7 @@ def average_pool(
     y = x.astype(jnp.float32)
     if stride in (None, window) and padding == 0:
         tiles, within = _tiles(y, window)
-        y = tiles.mean(within)
+        y = jnp.mean(tiles, within)
     else:
         y = _reduce_window(y, 0.0, lax.add, window, stride or window, padding)
         y = y / window ** (x.ndim - 2)
@@ -221,8 +221,8 @@ def _reduce_window(
 
 def global_average(x: Array) -> Array:
     """The mean over all spatial axes, `(b, *spatial, c) -> (b, c)`."""
-    axes = range(1, x.ndim - 1)
-    return x.astype(jnp.float32).mean(axes).astype(x.dtype)
+    axes = tuple(range(1, x.ndim - 1))
+    return jnp.mean(x.astype(jnp.float32), axes).astype(x.dtype)
 
 
 def gather(x: Array, how: str) -> Array:

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from convnet.models import layers
-from convnet.models.layers import Array, Dtype
 from convnet.models.intermediates import tap, tapped
+from convnet.models.layers import Array, Dtype
 
 # name: (residual blocks in each stage, whether they are bottlenecks)
 STAGES = {

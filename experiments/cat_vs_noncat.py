@@ -1,0 +1,34 @@
+"""Is it a cat? One probability, from 209 photographs of 64x64.
+
+HEADER
+"""
+
+from convnet import config as config_lib
+
+
+def get_config():
+    config = config_lib.default()
+    config.data.name = "folder"
+    config.data.image_size = 64
+    config.data.batch_size = 64
+    config.task.name = "binary"
+    config.task.positive = "cat"
+    config.augment.flip = "random"
+    config.augment.resized_crop = (0.5, 1.0)
+    config.augment.brightness = 0.3
+    config.augment.contrast = 0.3
+    config.augment.saturation = 0.3
+    config.model.name = "cnn"
+    config.model.widths = (32, 64, 128, 128)
+    config.model.depth = 1
+    config.model.norm = "batch"
+    config.model.gather = "global"
+    config.model.dropout = 0.3
+    config.optimizer.name = "adamw"
+    config.optimizer.lr = 3e-3
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.ema = 0.99
+    config.schedule.name = "one_cycle"
+    config.train.epochs = 120.0
+    config.train.eval_every = 20.0
+    return config

@@ -1,0 +1,28 @@
+"""CIFAR-10 with the classic small CNN, from scratch.
+
+HEADER
+"""
+
+from convnet import config as config_lib
+
+
+def get_config():
+    config = config_lib.default()
+    config.data.name = "cifar10"
+    config.data.batch_size = 128
+    config.augment.flip = "random"
+    config.augment.translate = 0.1
+    config.model.name = "cnn"
+    config.model.widths = (32, 64)
+    config.model.depth = 2
+    config.model.pool = "max"
+    config.model.gather = "flatten"
+    config.model.dense = (512,)
+    config.model.dropout = 0.5
+    config.optimizer.name = "adamw"
+    config.optimizer.lr = 1e-3
+    config.optimizer.weight_decay = 1e-3
+    config.schedule.name = "cosine"
+    config.schedule.warmup = 0.05
+    config.train.epochs = 10.0
+    return config

@@ -1,0 +1,25 @@
+"""Time series: 1-D convolutions on cylinder-bell-funnel (Saito 1994).
+
+HEADER
+"""
+
+from convnet import config as config_lib
+
+
+def get_config():
+    config = config_lib.default()
+    config.data.name = "cylinder_bell_funnel"
+    config.data.batch_size = 128
+    config.model.name = "cnn"
+    config.model.widths = (16, 32, 64)
+    config.model.depth = 1
+    config.model.kernel = 7
+    config.model.norm = "batch"
+    config.model.gather = "global"
+    config.optimizer.name = "adamw"
+    config.optimizer.lr = 3e-3
+    config.optimizer.weight_decay = 1e-3
+    config.schedule.name = "one_cycle"
+    config.train.epochs = 15.0
+    config.train.eval_every = 5.0
+    return config
