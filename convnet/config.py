@@ -67,8 +67,8 @@ KEYS: dict[str, Key] = {
     "data.test_fraction": Key(
         0.2, "share for testing, of a folder that has no train and test", high=0.9
     ),
-    "data.train_limit": Key(0, "use only the first n training examples; 0: all"),
-    "data.test_limit": Key(0, "use only the first n test examples; 0: all"),
+    "data.train_limit": Key(0, "use only n training examples, evenly spaced; 0: all"),
+    "data.test_limit": Key(0, "use only n test examples, evenly spaced; 0: all"),
     "data.max_bad_fraction": Key(
         0.05,
         "share of unreadable images above which a run stops",

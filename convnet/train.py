@@ -7,6 +7,7 @@ compiles, loops, and finishes with an evaluation, a result and a report.
 import dataclasses
 import functools
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,15 @@ class Run:
     def compile(self, function: Any, *args: Any, **options: Any) -> Any:
         """Compiles a pure step for its arguments, on the clock of compilation."""
         start = time.perf_counter()
-        compiled = (
-            jax.jit(
-                functools.partial(function, recipe=self.recipe),
-                compiler_options=mesh_lib.compiler_options(jax.default_backend()),
-                **options,
-            )
-            .lower(*args)
-            .compile()
+        jitted = jax.jit(
+            functools.partial(function, recipe=self.recipe),
+            compiler_options=mesh_lib.compiler_options(jax.default_backend()),
+            **options,
         )
+        with warnings.catch_warnings():
+            # XLA cannot store programs that call oneDNN; they are compiled each time.
+            warnings.filterwarnings("ignore", "Error writing persistent compilation")
+            compiled = jitted.lower(*args).compile()
         self.compile_seconds += time.perf_counter() - start
         return compiled
 

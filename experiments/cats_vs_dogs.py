@@ -29,6 +29,6 @@ def get_config():
     config.optimizer.weight_decay = 0.05
     config.optimizer.ema = 0.995
     config.schedule.name = "one_cycle"
-    config.train.epochs = 120.0
+    config.train.epochs = 80.0
     config.train.eval_every = 10.0
     return config

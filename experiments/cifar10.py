@@ -14,7 +14,7 @@ def get_config():
     config.data.std = (0.2470, 0.2435, 0.2616)
     config.augment.flip = "alternating"
     config.augment.crop_pad = 4
-    config.model.name = "resnet18"
+    config.model.name = "resnet9"
     config.model.width = 32
     config.task.label_smoothing = 0.1
     config.optimizer.name = "sgd"

@@ -13,7 +13,7 @@ def get_config():
     config.augment.flip = "random"
     config.augment.crop_pad = 4
     config.augment.cutmix = 1.0
-    config.model.name = "resnet18"
+    config.model.name = "resnet9"
     config.model.width = 64
     config.task.label_smoothing = 0.1
     config.optimizer.name = "sgd"

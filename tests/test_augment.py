@@ -50,6 +50,13 @@ ON = {
     "trivial": True,
 }
 LEVEL = 1 / 255
+# Compiled as a whole: one operation after another takes far longer.
+warp = jax.jit(affine.warp)
+matrix = jax.jit(affine.matrix)
+draw_crop = jax.jit(affine.draw_crop, static_argnums=(1, 2, 3))
+pad_and_crop = jax.jit(augment.pad_and_crop, static_argnums=2)
+equalize = jax.jit(colour.equalize)
+symmetric_beta = jax.jit(mixing.symmetric_beta, static_argnums=(1, 2))
 
 
 def settings(**changes):
@@ -130,7 +137,7 @@ def test_pad_and_crop_is_numpys_reflection(spatial):
     pad = 3
     offsets = rng.integers(0, 2 * pad + 1, (5, len(spatial)))
     offsets[0], offsets[1] = 0, 2 * pad
-    out = augment.pad_and_crop(inputs, jnp.asarray(offsets), pad)
+    out = pad_and_crop(inputs, jnp.asarray(offsets), pad)
     for image, place, cropped in zip(inputs, offsets, np.asarray(out), strict=True):
         padded = np.pad(image, [(pad, pad)] * len(spatial) + [(0, 0)], "reflect")
         window = tuple(
@@ -139,19 +146,34 @@ def test_pad_and_crop_is_numpys_reflection(spatial):
         np.testing.assert_array_equal(cropped, padded[window])
 
 
+def test_a_series_is_flipped_and_shifted():
+    series = np.random.default_rng(6).random((40, 9, 2), np.float32)
+    out = augmented(series, flip="random", crop_pad=3)
+    found = []
+    for example, result in zip(series, out, strict=True):
+        for turned in (False, True):
+            padded = np.pad(
+                example[::-1] if turned else example, [(3, 3), (0, 0)], "reflect"
+            )
+            windows = [np.array_equal(padded[o : o + 9], result) for o in range(7)]
+            found += [(turned, o) for o in np.flatnonzero(windows)]
+    assert len(found) == len(series)
+    assert len(set(found)) > 8  # both sides, and many of the shifts
+
+
 def test_warp_is_scipys_affine_transform(images):
     angle = np.deg2rad([0, 30, -75, 135, 10, -10])
     shear = np.array([0, 0.3, -0.5, 0, 0.99, 0.1])
     zoom = np.array([1, 0.5, 1.7, 1, 1, 0.9])
     shift = np.array([[0, 0], [3, -2.5], [0, 9], [30, 1], [-4, 0.5], [0, 0]])
-    matrices = affine.matrix(
+    matrices = matrix(
         angle=jnp.asarray(angle),
         shear_x=jnp.asarray(shear),
         zoom=jnp.asarray(zoom),
         shift_y=jnp.asarray(shift[:, 0]),
         shift_x=jnp.asarray(shift[:, 1]),
     )
-    out = np.asarray(affine.warp(jnp.asarray(images), matrices))
+    out = np.asarray(warp(jnp.asarray(images), matrices))
     np.testing.assert_allclose(out[0], images[0], atol=1e-6)
     centre = (np.array(images.shape[1:3]) - 1) / 2
     for i, image in enumerate(images):
@@ -184,7 +206,7 @@ def test_warp_is_scipys_affine_transform(images):
 )
 def test_directions_of_the_warp_are_pillows(pictures, images, change, data):
     h, w = images.shape[1:3]
-    out = affine.warp(jnp.asarray(images[:1]), affine.matrix(**change)[None])
+    out = warp(jnp.asarray(images[:1]), matrix(**change)[None])
     expected = Image.fromarray(pictures[0]).transform(
         (w, h), Image.Transform.AFFINE, data(h / 2, w / 2), Image.Resampling.BILINEAR
     )
@@ -195,9 +217,9 @@ def test_directions_of_the_warp_are_pillows(pictures, images, change, data):
 
 def test_rotation_is_counter_clockwise_as_pillows(pictures):
     square = pictures[0, :17, :17]
-    out = affine.warp(
+    out = warp(
         jnp.asarray(square[None] / 255, jnp.float32),
-        affine.matrix(angle=jnp.deg2rad(jnp.array([30.0]))),
+        matrix(angle=jnp.deg2rad(jnp.array([30.0]))),
     )
     expected = Image.fromarray(square).rotate(30, Image.Resampling.BILINEAR)
     inner = np.s_[4:-4, 4:-4]
@@ -211,7 +233,7 @@ def test_resized_crop_is_pillows_resize_of_the_box(pictures, images):
     height, width = np.array([h, 8, 13, 5.5, 9, 15]), np.array([w, 8, 12.5, 9, 12, 22])
     boxes = [jnp.asarray(v, jnp.float32) for v in (top, left, height, width)]
     matrices = affine.crop_matrix(*boxes, (h, w))
-    out = np.asarray(affine.warp(jnp.asarray(images), matrices))
+    out = np.asarray(warp(jnp.asarray(images), matrices))
     for i in range(b):
         box = (left[i], top[i], left[i] + width[i], top[i] + height[i])
         expected = Image.fromarray(pictures[i]).resize(
@@ -225,19 +247,19 @@ def test_composed_matrices_are_warps_one_after_another():
     # border, so that one warp must equal two.
     y, x = np.mgrid[:41, :41]
     plane = jnp.asarray((0.3 * y + 0.5 * x)[None, ..., None], jnp.float32)
-    first = affine.matrix(angle=jnp.array([0.3]), shift_x=jnp.array([2.0]))
-    second = affine.matrix(zoom=jnp.array([1.5]), shear_y=jnp.array([0.2]))
-    once = affine.warp(plane, affine.compose(first, second))
-    twice = affine.warp(affine.warp(plane, first), second)
+    first = matrix(angle=jnp.array([0.3]), shift_x=jnp.array([2.0]))
+    second = matrix(zoom=jnp.array([1.5]), shear_y=jnp.array([0.2]))
+    once = warp(plane, affine.compose(first, second))
+    twice = warp(warp(plane, first), second)
     inner = np.s_[:, 12:-12, 12:-12]
     np.testing.assert_allclose(once[inner], twice[inner], atol=1e-3)
-    other = affine.warp(affine.warp(plane, second), first)
+    other = warp(warp(plane, second), first)
     assert np.abs(other[inner] - once[inner]).max() > 0.1
 
 
 def test_a_single_row_can_be_warped():
     row = jnp.arange(8, dtype=jnp.float32).reshape(1, 1, 8, 1)
-    out = affine.warp(row, affine.matrix(shift_x=jnp.array([2.0])))
+    out = warp(row, matrix(shift_x=jnp.array([2.0])))
     np.testing.assert_allclose(out.ravel(), [1, 0, 0, 1, 2, 3, 4, 5], atol=1e-6)
 
 
@@ -270,6 +292,20 @@ def test_factors_are_pillows(pictures, images, change, enhance, tolerance):
     )
 
 
+@pytest.mark.parametrize("spatial", [(16,), (3, 4, 5)])
+def test_factors_scale_data_of_any_rank_and_range(spatial):
+    inputs = np.random.default_rng(5).normal(2, 9, (3, *spatial, 2))
+    factors = np.array([0.5, 1.0, 1.7]).reshape(3, *[1] * (len(spatial) + 1))
+    mean = inputs.mean(tuple(range(1, inputs.ndim)), keepdims=True)
+    ours, by = jnp.asarray(inputs, jnp.float32), jnp.asarray(factors.ravel())
+    np.testing.assert_allclose(
+        colour.brightness(ours, by), inputs * factors, rtol=1e-5, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        colour.contrast(ours, by), mean + factors * (inputs - mean), atol=1e-4
+    )
+
+
 def test_smooth_is_pillows_filter(pictures, images):
     against_pillow(
         pictures,
@@ -299,10 +335,10 @@ def test_equalize_is_pillows():
             np.full((31, 33, 3), 9),
         ]
     ).astype(np.uint8)
-    out = colour.equalize(jnp.asarray(pictures / np.float32(255)))
+    out = equalize(jnp.asarray(pictures / np.float32(255)))
     against_pillow(pictures, out, lambda p, i: ImageOps.equalize(p), 1e-6)
     few = pictures[:, :8, :8]  # fewer pixels than levels: left as they are
-    out = colour.equalize(jnp.asarray(few / np.float32(255)))
+    out = equalize(jnp.asarray(few / np.float32(255)))
     against_pillow(few, out, lambda p, i: ImageOps.equalize(p), 1e-6)
 
 
@@ -371,8 +407,8 @@ def test_trivial_colours_are_pillows(
     ],
 )
 def test_trivial_geometry_moves_and_does_not_recolour(images, name, parameter):
-    matrices = jnp.tile(affine.matrix(**parameter), (len(images), 1, 1))
-    expected = affine.warp(jnp.asarray(images), matrices)
+    matrices = jnp.tile(matrix(**parameter), (len(images), 1, 1))
+    expected = warp(jnp.asarray(images), matrices)
     assert np.abs(expected - images).max() > 0.1
     np.testing.assert_allclose(trivially(images, name, -0.4), expected, atol=1e-5)
 
@@ -471,7 +507,7 @@ def test_cutmix_boxes_have_the_area_asked_for_and_are_clipped():
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 4.0])
 def test_lambda_follows_beta(alpha):
-    draws = np.asarray(mixing.symmetric_beta(jax.random.key(2), alpha, 20_000))
+    draws = np.asarray(symmetric_beta(jax.random.key(2), alpha, 20_000))
     assert draws.min() >= 0 and draws.max() <= 1
     # Not closer to 1, where a float32 is too coarse for what a small alpha puts there.
     grid = np.linspace(0.001, 0.999, 999)
@@ -485,8 +521,8 @@ def test_mixup_and_cutmix_share_the_batch_by_a_coin():
     inputs = np.broadcast_to(np.arange(b).reshape(b, 1, 1, 1), (b, 6, 6, 1))
     both = augmented(inputs, mixup=1.0, cutmix=1.0)
     mixup, cutmix = augmented(inputs, mixup=1.0), augmented(inputs, cutmix=1.0)
-    by_mixup = (both == mixup).all((1, 2, 3))
-    by_cutmix = (both == cutmix).all((1, 2, 3))
+    by_mixup = np.isclose(both, mixup).all((1, 2, 3))
+    by_cutmix = np.isclose(both, cutmix).all((1, 2, 3))
     assert (by_mixup | by_cutmix).all()
     only = int((by_mixup & ~by_cutmix).sum())
     assert scipy.stats.binomtest(only, b).pvalue > 1e-3
@@ -512,7 +548,7 @@ def test_flips_and_crops_are_drawn_evenly():
 def test_resized_crops_are_drawn_from_scale_and_aspect():
     h, w = 100, 100
     key, scale = jax.random.key(5), (0.2, 0.5)
-    boxes = affine.draw_crop(key, 5000, (h, w), scale)
+    boxes = draw_crop(key, 5000, (h, w), scale)
     top, left, height, width = (np.asarray(v, np.float64) for v in boxes)
     area = scipy.stats.uniform(0.2, 0.3)
     assert scipy.stats.kstest(height * width / h / w, area.cdf).pvalue > 1e-3
@@ -524,7 +560,7 @@ def test_resized_crops_are_drawn_from_scale_and_aspect():
 
 
 def test_whole_crops_stay_inside_the_image():
-    boxes = affine.draw_crop(jax.random.key(6), 500, (20, 50), (0.9, 1.0))
+    boxes = draw_crop(jax.random.key(6), 500, (20, 50), (0.9, 1.0))
     top, left, height, width = map(np.asarray, boxes)
     assert (top >= 0).all() and (top + height <= 20 + 1e-4).all()
     assert (left >= 0).all() and (left + width <= 50 + 1e-4).all()
@@ -592,35 +628,37 @@ def test_nothing_on_changes_nothing(images):
     assert all(out[name] is batch[name] for name in batch)
 
 
-def drawn(**changes):
-    """The beginning of everything that is drawn from `jax.random`, as lists."""
+def drawn(b, **changes):
+    """The first four of each array that is drawn from `jax.random`, as lists."""
+    seen = []
 
-    def spied(batch):
-        seen = []
+    def spy(draw):
+        def spied(*args, **kwargs):
+            out = draw(*args, **kwargs)
+            seen.append(out.ravel()[:4].astype(jnp.float32))
+            return out
+
+        return spied
+
+    def draws(batch):
         with pytest.MonkeyPatch.context() as patch:
             for kind in ("uniform", "randint", "bernoulli"):
-
-                def spy(*args, true=getattr(jax.random, kind), **kwargs):
-                    out = true(*args, **kwargs)
-                    seen.append(out.ravel()[:6].astype(jnp.float32))
-                    return out
-
-                patch.setattr(jax.random, kind, spy)
+                patch.setattr(jax.random, kind, spy(getattr(jax.random, kind)))
             augment.apply(jax.random.key(4), batch, settings(**changes))
         return seen  # and nothing else, so that no more is compiled
 
-    batch = batch_of(np.zeros((4, 8, 8, 3)))
-    return [np.asarray(values).tolist() for values in jax.jit(spied)(batch)]
+    batch = batch_of(np.zeros((b, 8, 8, 3)))
+    return [np.asarray(values).tolist() for values in jax.jit(draws)(batch)]
 
 
 @pytest.fixture(scope="module")
 def drawn_together():
-    return drawn(**ON)
+    return drawn(4, **ON)
 
 
 @pytest.mark.parametrize("name", list(ON))
 def test_turning_one_on_leaves_the_draws_of_the_others(drawn_together, name):
-    alone = drawn(**{name: ON[name]})
+    alone = drawn(4, **{name: ON[name]})
     assert alone and all(values in drawn_together for values in alone)
 
 
@@ -628,10 +666,8 @@ def test_no_two_operations_share_their_draws(drawn_together):
     assert len({tuple(values) for values in drawn_together}) == len(drawn_together)
 
 
-def test_draws_do_not_depend_on_the_size_of_the_batch(images):
-    on = {k: v for k, v in ON.items() if k not in ("mixup", "cutmix", "trivial")}
-    whole, part = augmented(images, **on), augmented(images[:4], **on)
-    np.testing.assert_allclose(whole[:4], part, atol=1e-5)
+def test_draws_do_not_depend_on_the_size_of_the_batch(drawn_together):
+    assert drawn(7, **ON) == drawn_together
 
 
 SHARDED = """
@@ -661,7 +697,8 @@ def test_draws_do_not_depend_on_the_number_of_devices(everything, images, tmp_pa
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2"
+        " --xla_backend_optimization_level=0",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     done = subprocess.run(
@@ -688,16 +725,6 @@ def test_draws_do_not_depend_on_the_number_of_devices(everything, images, tmp_pa
 def test_what_needs_two_dimensions_says_so(name, spatial):
     with pytest.raises(ValueError, match=rf"augment\.{name}=.*2 spatial dimensions"):
         augmented(np.zeros((2, *spatial, 3)), **{name: ON[name]})
-
-
-@pytest.mark.parametrize("spatial", [(16,), (4, 5, 6)])
-def test_the_others_work_in_any_dimension(spatial):
-    names = ("flip", "crop_pad", "brightness", "contrast", "mixup", "cutmix")
-    inputs = np.random.default_rng(5).random((4, *spatial, 2), np.float32)
-    for name in names:
-        out = augmented(inputs, **{name: ON[name]})
-        assert out.shape == inputs.shape and np.isfinite(out).all()
-        assert np.abs(out - inputs).max() > 0.01, name
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ ERASE_MAX_ASPECT = 1 / 0.3
 
 
 class _Stream(enum.IntEnum):
-    """What is folded into the key for each operation. Never renumber."""
+    """What is folded into the key for each operation. Only ever add at the end."""
 
     FLIP = 0
     CROP = 1
@@ -51,27 +51,27 @@ def apply(key: jax.Array, batch: dict[str, Any], settings: Any) -> dict[str, Any
     _check(settings, batch)
     inputs, b = batch["input"], len(batch["input"])
 
-    def stream(number: _Stream) -> jax.Array:
-        return jax.random.fold_in(key, number)
+    numbers = jnp.arange(len(_Stream))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
 
     # XLA on a CPU fuses a stage into each of the next one's uses of it, and computes it
     # that many times: without barriers, everything on takes 3 to 5 times as long.
     hold = jax.lax.optimization_barrier
 
     if settings.flip == "random":
-        inputs = flip(inputs, jax.random.bernoulli(stream(_Stream.FLIP), shape=(b,)))
+        inputs = flip(inputs, jax.random.bernoulli(keys[_Stream.FLIP], shape=(b,)))
     elif settings.flip == "alternating":
         inputs = flip(inputs, alternating_flips(batch["index"], batch["epoch"]))
     if settings.crop_pad:
         shape = (b, inputs.ndim - 2)
         most = 2 * settings.crop_pad + 1
-        offsets = jax.random.randint(stream(_Stream.CROP), shape, 0, most)
+        offsets = jax.random.randint(keys[_Stream.CROP], shape, 0, most)
         inputs = hold(pad_and_crop(inputs, offsets, settings.crop_pad))
 
     # All that moves pixels by fractions is one matrix and one interpolation.
-    matrices = _draw_matrices(stream, b, inputs.shape[1:3], settings)
+    matrices = _draw_matrices(keys, b, inputs.shape[1:3], settings)
     if settings.trivial:
-        op, strength = trivial.draw(stream(_Stream.TRIVIAL), b)
+        op, strength = trivial.draw(keys[_Stream.TRIVIAL], b)
         matrices.append(trivial.geometry(op, strength))
     if matrices:
         inputs = hold(affine.warp(inputs, affine.compose(*matrices)))
@@ -82,16 +82,16 @@ def apply(key: jax.Array, batch: dict[str, Any], settings: Any) -> dict[str, Any
         ("saturation", colour.saturation),
     ):
         if spread := getattr(settings, name):
-            factor_key = stream(_Stream[name.upper()])
+            factor_key = keys[_Stream[name.upper()]]
             inputs = hold(change(inputs, 1 + spread * _signed(factor_key, b)))
     if settings.trivial:
         inputs = hold(trivial.recolour(inputs, op, strength))
     if settings.erase:
-        inputs = hold(_random_erase(stream(_Stream.ERASE), inputs, settings.erase))
+        inputs = hold(_random_erase(keys[_Stream.ERASE], inputs, settings.erase))
 
     batch = {**batch, "input": inputs}
     if settings.mixup or settings.cutmix:
-        keep, share = _draw_mix(stream, inputs, settings)
+        keep, share = _draw_mix(keys, inputs, settings)
         batch["input"] = mixing.mix(inputs, keep)
         batch["target"] = mixing.mix(batch["target"], share)
     return batch
@@ -160,23 +160,23 @@ def _signed(key: jax.Array, *shape: int) -> jax.Array:
 
 
 def _draw_matrices(
-    stream: Any, b: int, image_shape: tuple[int, ...], settings: Any
+    keys: jax.Array, b: int, image_shape: tuple[int, ...], settings: Any
 ) -> list[jax.Array]:
     """Of the resized crop and of rotation, shear, zoom and shift, if they are on."""
     matrices = []
     if settings.resized_crop:
-        key = stream(_Stream.RESIZED_CROP)
+        key = keys[_Stream.RESIZED_CROP]
         box = affine.draw_crop(key, b, image_shape, settings.resized_crop)
         matrices.append(affine.crop_matrix(*box, image_shape))
     if settings.rotate or settings.shear or settings.zoom or settings.translate:
-        turn = settings.rotate * _signed(stream(_Stream.ROTATE), b)
-        lean = settings.shear * _signed(stream(_Stream.SHEAR), b)
-        shift = settings.translate * _signed(stream(_Stream.TRANSLATE), b, 2)
+        turn = settings.rotate * _signed(keys[_Stream.ROTATE], b)
+        lean = settings.shear * _signed(keys[_Stream.SHEAR], b)
+        shift = settings.translate * _signed(keys[_Stream.TRANSLATE], b, 2)
         matrices.append(
             affine.matrix(
                 angle=jnp.deg2rad(turn),
                 shear_x=jnp.tan(jnp.deg2rad(lean)),
-                zoom=1 + settings.zoom * _signed(stream(_Stream.ZOOM), b),
+                zoom=1 + settings.zoom * _signed(keys[_Stream.ZOOM], b),
                 shift_y=shift[:, 0] * image_shape[0],
                 shift_x=shift[:, 1] * image_shape[1],
             )
@@ -203,7 +203,7 @@ def _random_erase(key: jax.Array, images: jax.Array, probability: float) -> jax.
 
 
 def _draw_mix(
-    stream: Any, inputs: jax.Array, settings: Any
+    keys: jax.Array, inputs: jax.Array, settings: Any
 ) -> tuple[jax.Array, jax.Array]:
     """What to keep of each place of the inputs, and of each target.
 
@@ -213,17 +213,17 @@ def _draw_mix(
     """
     b, *spatial, _ = inputs.shape
     if settings.mixup:
-        share = mixing.symmetric_beta(stream(_Stream.MIXUP), settings.mixup, b)
+        share = mixing.symmetric_beta(keys[_Stream.MIXUP], settings.mixup, b)
         keep = colour.per_example(share, inputs)
     if settings.cutmix:
-        share_key, centre_key = jax.random.split(stream(_Stream.CUTMIX))
+        share_key, centre_key = jax.random.split(keys[_Stream.CUTMIX])
         cut = mixing.symmetric_beta(share_key, settings.cutmix, b)
         centre = jax.random.uniform(centre_key, (b, len(spatial)))
         start, stop, cut_share = mixing.cutmix_box(cut, centre, tuple(spatial))
         cut_keep = 1.0 - mixing.box_mask(start, stop, tuple(spatial))
         if not settings.mixup:
             return cut_keep, cut_share
-        coin = jax.random.bernoulli(stream(_Stream.MIXUP_OR_CUTMIX), shape=(b,))
+        coin = jax.random.bernoulli(keys[_Stream.MIXUP_OR_CUTMIX], shape=(b,))
         keep = jnp.where(colour.per_example(coin, inputs), cut_keep, keep)
         share = jnp.where(coin, cut_share, share)
     return keep, share

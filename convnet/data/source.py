@@ -75,21 +75,24 @@ class ArraySource:
         }
 
 
-class FirstRecords:
-    """The first `count` records of another source."""
+class Spread:
+    """`count` records of another source, evenly spaced over it.
+
+    Not the first ones: folders are sorted by class.
+    """
 
     def __init__(self, source: Source, count: int):
         self.source = source
-        self.count = min(count, len(source))
+        self.places = np.linspace(0, len(source) - 1, min(count, len(source)))
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.source[range(self.count)[index]]
+        return self.source[int(self.places[index])]
 
     def __getitems__(self, indices: Sequence[int]) -> list:
-        return read(self.source, [range(self.count)[i] for i in indices])
+        return read(self.source, [int(self.places[i]) for i in indices])
 
 
 def read(source: Source, indices: Sequence[int]) -> list:
@@ -201,4 +204,4 @@ def _limited(source: Source, limit: int) -> Source:
         return source
     if isinstance(source, ArraySource):
         return ArraySource(source.inputs[:limit], source.labels[:limit], source.split)
-    return FirstRecords(source, limit)
+    return Spread(source, limit)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from convnet.models.cnn import cnn
 from convnet.models.intermediates import taps
 from convnet.models.layers import Classifier
-from convnet.models.resnet import resnet
+from convnet.models.resnet import resnet, resnet9
 from convnet.models.vgg import vgg, vgg_bn
 
 _CONSTRUCTORS: dict[str, Callable[..., Classifier]] = {
@@ -32,6 +32,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Classifier]] = {
     "vgg13_bn": partial(vgg_bn, "vgg13"),
     "vgg16_bn": partial(vgg_bn, "vgg16"),
     "vgg19_bn": partial(vgg_bn, "vgg19"),
+    "resnet9": resnet9,
     "resnet18": partial(resnet, "resnet18"),
     "resnet34": partial(resnet, "resnet34"),
     "resnet50": partial(resnet, "resnet50"),

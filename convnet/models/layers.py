@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from convnet.models import lowering
 from convnet.models.intermediates import tap, tapped
 
 Array = jax.Array
@@ -47,6 +48,8 @@ def convolve(
         pads = [(padding, padding)] * rank
     else:
         pads = lax.padtype_to_pads(x.shape[1:-1], size, stride, padding)
+    if rank == 2:
+        return lowering.convolve2d(x, kernel, stride, pads)
     if rank <= 3:
         axes = "DHW"[-rank:]
         layout = (f"N{axes}C", f"{axes}IO", f"N{axes}C")

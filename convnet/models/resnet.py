@@ -117,6 +117,49 @@ class ResidualBlock(nn.Module):
         return tap(self, "relu", nn.relu(tap(self, "add", x + y)))
 
 
+class ResNet9Base(nn.Module):
+    """A small network for 32x32 images: pools instead of strides, two residual blocks.
+
+    After D. Page 2018, "How to train your ResNet". The pool comes before the norm,
+    which then has a quarter of the work. `width` is the stem's; the stages have two,
+    four and eight times as much.
+    """
+
+    width: int = 64
+    bn_momentum: float = 0.9
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        norm = partial(layers.BatchNorm, self.bn_momentum, dtype=self.dtype)
+        conv = partial(_conv, dtype=self.dtype)
+        x = Stem(self.width, "cifar", conv, norm, name="stem")(x, train)
+        for i, residual in enumerate((True, False, True), 1):
+            width = self.width * 2**i
+            x = PoolStage(width, residual, conv, norm, name=f"stage{i}")(x, train)
+        return tap(self, "features", layers.global_average(x))
+
+
+class PoolStage(nn.Module):
+    """A 3x3 convolution and a pool to half the sides; then a residual block or none."""
+
+    width: int
+    residual: bool
+    conv: partial
+    norm: partial
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        x = tapped(self, self.conv(self.width, 3, 1, name="conv"), x)
+        x = tap(self, "pool", layers.max_pool(x, 2))
+        x = tapped(self, self.norm(name="norm"), x, train)
+        x = tap(self, "relu", nn.relu(x))
+        if not self.residual:
+            return x
+        block = ResidualBlock(self.width, False, self.conv, self.norm, 1, name="block")
+        return block(x, train)
+
+
 def _conv(
     features: int, kernel: int, stride: int, *, dtype: Dtype, name: str
 ) -> layers.Conv:
@@ -145,4 +188,18 @@ def resnet(
     """One of `STAGES`; `width` is the number of features of stem and first stage."""
     stages, bottleneck = STAGES[name]
     base = ResNetBase(stages, bottleneck, width, stem, bn_momentum, dtype)
+    return layers.Classifier(base, layers.Head(num_outputs, dense, dropout, dtype))
+
+
+def resnet9(
+    num_outputs: int,
+    dtype: Dtype,
+    *,
+    width: int = 64,
+    dense: Sequence[int] = (),
+    dropout: float = 0.0,
+    bn_momentum: float = 0.9,
+) -> layers.Classifier:
+    """A small residual network for small images; see `ResNet9Base`."""
+    base = ResNet9Base(width, bn_momentum, dtype)
     return layers.Classifier(base, layers.Head(num_outputs, dense, dropout, dtype))
