@@ -1,8 +1,8 @@
 """Every key of a config: its default, its meaning, and whether it changes the result.
 
-An experiment is a Python file with `get_config()`, which takes `default()` and says what
-differs. The config is a locked `ml_collections.ConfigDict`: an unknown key fails. Keys
-that do not change the result (how fast, how often, where) are left out of
+An experiment is a Python file with `get_config()`, which takes `default()` and says
+what differs. The config is a locked `ml_collections.ConfigDict`: an unknown key fails.
+Keys that do not change the result (how fast, how often, where) are left out of
 `config/sha256` and may differ when a run is resumed.
 """
 
@@ -25,9 +25,9 @@ from convnet.errors import UsageError
 class Key:
     """One key: its default value (which also sets its type), and what it means.
 
-    `result` is False for a key that cannot change the trained weights. `choices` are the
-    allowed strings; `low` and `high` bound a number, both inclusive. A default that is a
-    type stands for a value of that type which the model chooses.
+    `result` is False for a key that cannot change the trained weights. `choices` are
+    the allowed strings; `low` and `high` bound a number, both inclusive. A default that
+    is a type stands for a value of that type which the model chooses.
     """
 
     default: Any
@@ -45,9 +45,7 @@ KEYS: dict[str, Key] = {
         "digits, folder, arrays, cylinder_bell_funnel, advection_diffusion, or the name"
         " of a TFDS dataset (cifar10, cifar100, imagenet2012, ...)",
     ),
-    "data.dir": Key(
-        "", "folder (or .npz file) that holds the data", result=False
-    ),
+    "data.dir": Key("", "folder (or .npz file) that holds the data", result=False),
     "data.batch_size": Key(128, "examples in a step, over all devices", low=1),
     "data.image_size": Key(
         0, "side in pixels to which images are resized; 0: as they are stored"
@@ -106,9 +104,7 @@ KEYS: dict[str, Key] = {
     "augment.cutmix": Key(0.0, "alpha of CutMix's Beta distribution; 0: off"),
     "augment.trivial": Key(False, "TrivialAugment: one random operation an image"),
     "model.name": Key("cnn", "the architecture", choices=models.NAMES),
-    "model.dtype": Key(
-        "float32", "compute precision", choices=("float32", "bfloat16")
-    ),
+    "model.dtype": Key("float32", "compute precision", choices=("float32", "bfloat16")),
     "model.widths": Key(tuple, "channels of each block", low=1),
     "model.depth": Key(int, "convolutions in a block", low=1),
     "model.kernel": Key(int, "side of the kernels", low=1),
@@ -162,9 +158,13 @@ KEYS: dict[str, Key] = {
         choices=("constant", "cosine", "one_cycle", "step"),
     ),
     "schedule.warmup": Key(0.0, "share of the steps that warm up linearly", high=1),
-    "schedule.steps": Key((), "step: shares of the run at which the rate drops", high=1),
+    "schedule.steps": Key(
+        (), "step: shares of the run at which the rate drops", high=1
+    ),
     "schedule.factor": Key(0.1, "step: factor of each drop"),
-    "schedule.final": Key(0.0, "last learning rate as a share of the peak", high=1),
+    "schedule.final": Key(
+        0.0, "rate after the last step, as a share of the peak", high=1
+    ),
     "train.epochs": Key(10.0, "passes over the training split"),
     "train.steps": Key(0, "steps instead of epochs; 0: by epochs"),
     "train.log_every": Key(50, "steps between two lines of metrics", False, low=1),
@@ -174,7 +174,9 @@ KEYS: dict[str, Key] = {
     "checkpoint.every_steps": Key(
         0, "steps between two checkpoints; 0: at each evaluation", result=False
     ),
-    "checkpoint.keep": Key(2, "newest checkpoints kept, besides the best", False, low=1),
+    "checkpoint.keep": Key(
+        2, "newest checkpoints kept, besides the best", False, low=1
+    ),
     "compilation_cache": Key(
         "auto", "folder of compiled programs; auto: the user's; none: off", result=False
     ),
@@ -359,7 +361,7 @@ def resolve(
 
 
 def total_steps(config: ml_collections.ConfigDict, examples: int) -> int:
-    """Returns the steps of the run: train.steps, or train.epochs rounded up to steps."""
+    """Returns the steps of the run: train.steps, or train.epochs rounded up."""
     if config.train.steps:
         return config.train.steps
     return max(1, math.ceil(config.train.epochs * examples / config.data.batch_size))

@@ -1,4 +1,4 @@
-"""The two errors a user meets: the entry points turn them into one message and a status.
+"""The two errors a user meets; entry points turn them into a message and a status.
 
 Everything that can go wrong for a reason that the user can mend is raised as one of
 these, with a message that names the file or key, its value and the way out.

@@ -27,7 +27,9 @@ def predict_split(
     order = pipeline.EvalOrder(split.examples, batch_size)
     outputs = []
     for batch in split.batches(order, 0, len(order)):
-        outputs.append({"index": batch["index"], **predict(variables, split.data, batch)})
+        outputs.append(
+            {"index": batch["index"], **predict(variables, split.data, batch)}
+        )
     host = jax.device_get(outputs)
     joined = {name: np.concatenate([o[name] for o in host]) for name in host[0]}
     keep = joined.pop("weight") > 0

@@ -1,7 +1,7 @@
 """A run, in the order in which it happens.
 
-`prepare` reads the config, opens the data, builds the model and the state; `run` resumes,
-compiles, loops, and finishes with an evaluation, a result and a report.
+`prepare` reads the config, opens the data and builds the model; `run` resumes, trains,
+and finishes with an evaluation, a result and a report.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from convnet.loop import Loop
 from convnet.models import summary as summary_lib
 from convnet.step import Recipe, TrainState
 from convnet.workdir import Workdir
+
 
 @dataclasses.dataclass
 class Run:
@@ -76,9 +77,7 @@ class Run:
     def predict(self, variables: Any, data: Any, batch: Any) -> dict[str, jax.Array]:
         """The compiled predict step."""
         if self._predict is None:
-            self._predict = self.compile(
-                step_lib.predict_step, variables, data, batch
-            )
+            self._predict = self.compile(step_lib.predict_step, variables, data, batch)
         return self._predict(variables, data, batch)
 
 
@@ -124,9 +123,7 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
         config.optimizer.accumulate,
         config.optimizer.ema,
     )
-    order = pipeline.TrainOrder(
-        len(dataset.train), config.data.batch_size, config.seed
-    )
+    order = pipeline.TrainOrder(len(dataset.train), config.data.batch_size, config.seed)
     return Run(
         config=config,
         mesh=mesh,

@@ -103,7 +103,7 @@ class Workdir:
         )
 
     def history(self) -> list[dict[str, Any]]:
-        """Returns the rows of metrics.jsonl; a line that a kill cut short is dropped."""
+        """Returns the rows of metrics.jsonl without a line that a kill cut short."""
         rows = []
         path = self.path / "metrics.jsonl"
         for line in path.read_text().splitlines() if path.exists() else []:

@@ -18,7 +18,6 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
