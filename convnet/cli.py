@@ -113,7 +113,8 @@ def parse(
     except UsageError:
         raise
     except Exception as error:  # An experiment is code: it can raise anything.
-        raise UsageError(_one_line(error)) from error
+        experiment = Path(argv[1].partition("=")[2])
+        raise UsageError(_one_line(error, experiment)) from error
     if rest:
         raise UsageError(f"unexpected argument {rest[0]!r} (--help shows the usage)")
     return values
@@ -135,7 +136,7 @@ def _config_first(argv: list[str]) -> list[str]:
 
     `config_flags` wants --config before its overrides; a person need not know.
     """
-    path, rest = None, []
+    path, rest, overrides = None, [], []
     arguments = iter(argv[1:])
     for argument in arguments:
         if argument == "--":
@@ -145,7 +146,10 @@ def _config_first(argv: list[str]) -> list[str]:
         else:
             if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
                 config_lib.check_key(match[1], f"command line: {argument}")
+                overrides.append(argument)
             rest.append(argument)
+    if path is None and overrides:
+        raise UsageError(f"{overrides[0]} changes an experiment, but --config is missing")
     if path is None:
         return argv
     return [argv[0], f"--config={_find_experiment(path)}", *rest]
@@ -164,21 +168,30 @@ def _find_experiment(path: str) -> Path:
     )
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: Exception, experiment: Path) -> str:
     """Says what is wrong with a flag, or in which line of an experiment."""
-    text = " ".join(str(error).split("\n\nTraceback")[0].split())
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        source = Path(frame.filename)
-        if source.parent.name == "experiments" or (
-            frame.name in ("get_config", "<module>") and PROJECT not in source.parents
-        ):
-            where = f"{frame.filename}:{frame.lineno}: {frame.line}"
-            if unknown := re.search(r"Key \"(\w+)\" does not exist", text):
-                key = _key_of(frame.line or "", unknown[1])
-                near = config_lib.nearest(key, tuple(config_lib.KEYS))
-                return f"unknown config key {key!r} ({where}){near}"
-            return f"{where}: {type(error).__name__}: {text}"
-    return text
+    cause: BaseException | None = error
+    # absl and config_flags wrap what an experiment raises in errors of their own.
+    while cause is not None:
+        for frame in reversed(traceback.extract_tb(cause.__traceback__)):
+            # An experiment may build on another one beside it.
+            if Path(frame.filename).parent == experiment.parent:
+                return _in_experiment(cause, frame)
+        cause = cause.__cause__ or cause.__context__
+    text = " ".join(str(error).split())
+    if isinstance(error, flags.Error):
+        return text
+    return f"{experiment}: {type(error).__name__}: {text}"
+
+
+def _in_experiment(error: BaseException, frame: traceback.FrameSummary) -> str:
+    text = " ".join(str(error).split())
+    where = f"{frame.filename}:{frame.lineno}: {frame.line}"
+    if unknown := re.search(r"Key \"(\w+)\" does not exist", text):
+        key = _key_of(frame.line or "", unknown[1])
+        near = config_lib.nearest(key, tuple(config_lib.KEYS))
+        return f"unknown config key {key!r} ({where}){near}"
+    return f"{where}: {type(error).__name__}: {text}"
 
 
 def _key_of(line: str, leaf: str) -> str:

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_collections
@@ -262,14 +262,30 @@ def check_type(config: Any, where: str) -> ml_collections.ConfigDict:
     """Returns `config` if get_config() of `where` returned one made by `default()`.
 
     Raises:
-      UsageError: it returned something else.
+      UsageError: it returned something else, or has more keys or fewer.
     """
     if not isinstance(config, ml_collections.ConfigDict):
         raise UsageError(
             f"get_config() of {where} returned {type(config).__name__}; want the"
             " convnet.config.default() that it changed"
         )
+    names = set(_names(config))
+    for name in sorted(names - set(KEYS)):
+        check_key(name, f"get_config() of {where}")
+    if missing := [name for name in KEYS if name not in names]:
+        raise UsageError(
+            f"get_config() of {where} returned a config without {missing[0]!r}; want"
+            " the convnet.config.default() that it changed"
+        )
     return config
+
+
+def _names(node: ml_collections.ConfigDict, prefix: str = "") -> Iterator[str]:
+    for name in node:
+        if isinstance(node[name], ml_collections.ConfigDict):
+            yield from _names(node[name], f"{prefix}{name}.")
+        else:
+            yield prefix + name
 
 
 def validate(config: ml_collections.ConfigDict) -> None:

@@ -1,14 +1,24 @@
-"""Evaluation: every example of a split exactly once."""
+"""Evaluation: every example of a split exactly once.
 
+usage: python -m convnet.evaluate --model=M --config=experiments/X.py [--output=DIR]
+"""
+
+import shlex
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from absl import flags
 
+from convnet import cli, mesh
+from convnet import config as config_lib
 from convnet import metrics as metrics_lib
 from convnet.data import pipeline
 from convnet.data.source import Source
+from convnet.errors import ConvnetError, UsageError
 from convnet.report import Mistake
 from convnet.task import Binary, Classification, Regression, Task
 
@@ -109,3 +119,58 @@ def _shown(value: np.ndarray) -> dict[str, np.ndarray]:
     if value.dtype == np.uint8 and value.ndim == 3 and value.shape[-1] in (1, 3):
         return {"image": value}
     return {"series": value} if value.ndim == 2 else {}
+
+
+def define(values: flags.FlagValues, argv: list[str]) -> None:
+    """Defines the flags of this app."""
+    cli.define_config(values, argv)
+    flags.DEFINE_string("model", None, "a model file or a workdir", flag_values=values)
+    flags.DEFINE_string(
+        "output", None, "folder for evaluation.json and report.html", flag_values=values
+    )
+
+
+def main(values: flags.FlagValues) -> None:
+    """Evaluates a model on the test split of an experiment's data.
+
+    The architecture, the input's size and its normalisation are the model's; the data
+    are the experiment's.
+
+    Raises:
+      ConvnetError: the model or the data cannot be used.
+    """
+    if values.model is None or values.config is None:
+        raise UsageError("--model and --config are needed (--help shows the usage)")
+    config = config_lib.check_type(values.config, "--config")
+    mesh.start(config.compilation_cache)
+    # After `start`, because these bring JAX up.
+    from convnet import bundle as bundle_lib
+    from convnet import finish, report, train
+    from convnet.workdir import Workdir
+
+    bundle = bundle_lib.load(Path(values.model))
+    bundle_lib.configure(config, bundle)
+    it = train.prepare(config)
+    if it.dataset.classes != bundle.classes:
+        raise ConvnetError(
+            f"the model's classes are {bundle.classes}, those of the data"
+            f" {it.dataset.classes}"
+        )
+    it.predicted = predict_split(
+        it.predict, bundle.variables, it.split("test"), config.data.batch_size
+    )
+    found = {f"test/{name}": value for name, value in means(it.predicted).items()}
+    for name, value in found.items():
+        print(f"{name}: {value:.6g}")
+    if values.output:
+        workdir = Workdir(Path(values.output))
+        workdir.create()
+        workdir.write_json("evaluation.json", {"model": values.model, **found})
+        command = shlex.join(["python", "-m", "convnet.evaluate", *sys.argv[1:]])
+        page = finish.page(it, workdir, found, command)
+        report.write(workdir.path / "report.html", page)
+        print(f"report: {workdir.path / 'report.html'}")
+
+
+if __name__ == "__main__":
+    cli.run(main, define, __doc__)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
+from convnet import bundle, evaluate, preview, report
 from convnet import checkpoint as checkpoint_lib
 from convnet import config as config_lib
-from convnet import evaluate, preview, report
 from convnet import mesh as mesh_lib
 from convnet.task import Binary
 from convnet.workdir import Workdir
@@ -21,7 +21,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def finish(it: "Run", workdir: Workdir, command: str) -> dict[str, Any]:
-    """Evaluates the last state, writes report.html, then result.json.
+    """Evaluates the last state, writes the model file, the report, then result.json.
 
     result.json comes last: where it exists, the run is finished.
 
@@ -36,8 +36,9 @@ def finish(it: "Run", workdir: Workdir, command: str) -> dict[str, Any]:
             it.config.data.batch_size,
         )
     result = _result(it, evaluate.means(it.predicted))
-    page = _report(it, workdir, result, command)
-    report.write(workdir.path / "report.html", page)
+    bundle.save(workdir.path / "model.safetensors", _bundle(it, result))
+    contents = page(it, workdir, result, command)
+    report.write(workdir.path / "report.html", contents)
     workdir.write_json("result.json", result)
     return result
 
@@ -70,9 +71,33 @@ def _result(it: "Run", means: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def _report(
+def _bundle(it: "Run", result: dict[str, Any]) -> bundle.Bundle:
+    config, task = it.config, it.recipe.task
+    origin = {"data": config.data.name, "config": config_lib.result_keys(config)}
+    return bundle.Bundle(
+        architecture={
+            "name": config.model.name,
+            "num_outputs": task.num_outputs,
+            "options": config_lib.model_options(config),
+        },
+        task={"name": task.name, "positive": getattr(task, "positive", None)},
+        classes=it.dataset.classes,
+        preprocessing={
+            "input_shape": it.example_shape,
+            "input_dtype": str(it.example_dtype),
+            "resize": config.data.resize,
+            "mean": tuple(config.data.mean),
+            "std": tuple(config.data.std),
+        },
+        provenance={**origin, "result": result},
+        variables=jax.device_get(it.state.variables()),
+    )
+
+
+def page(
     it: "Run", workdir: Workdir, result: dict[str, Any], command: str
 ) -> report.Report:
+    """Returns what the report shows of a run, or of an evaluation without a run."""
     task, dataset = it.recipe.task, it.dataset
     classes = dataset.classes
     if isinstance(task, Binary):
@@ -92,7 +117,7 @@ def _report(
         task=task.name,
         classes=classes,
         config=config_lib.to_dict(it.config),
-        changed=config_lib.changed(it.config),
+        changed=it.changed,
         environment=environment,
         command=command,
         result=result,

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from jax.sharding import Mesh
 
 from convnet import config as config_lib
@@ -36,6 +37,7 @@ class Run:
     """Everything that a run needs, made by `prepare`."""
 
     config: ml_collections.ConfigDict
+    changed: dict[str, Any]
     mesh: Mesh
     dataset: source_lib.Dataset
     recipe: Recipe
@@ -45,6 +47,7 @@ class Run:
     train_order: pipeline.TrainOrder
     summary: str
     example_shape: tuple[int, ...]
+    example_dtype: np.dtype
     compile_seconds: float = 0.0
     train_seconds: float = 0.0
     best: float | None = None
@@ -95,6 +98,7 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
     config_lib.validate(config)
     mesh = mesh_lib.make(config.data.batch_size)
     dataset = source_lib.load(config.data, config.seed)
+    changed = config_lib.changed(config)
     config_lib.resolve(config, functools.partial(pipeline.measure, dataset.train))
     example = pipeline.first(dataset.train)["input"][None]
     task = task_lib.create(config, dataset)
@@ -126,6 +130,7 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
     order = pipeline.TrainOrder(len(dataset.train), config.data.batch_size, config.seed)
     return Run(
         config=config,
+        changed=changed,
         mesh=mesh,
         dataset=dataset,
         recipe=recipe,
@@ -135,6 +140,7 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
         train_order=order,
         summary=summary,
         example_shape=example.shape[1:],
+        example_dtype=example.dtype,
     )
 
 

@@ -10,8 +10,10 @@ from flax import traverse_util
 
 # Collections come back from a compiled function sorted by letter. The order of the
 # network is the stem, then numbered parts by number, then these words.
-_ORDER = ("base", "head", "conv", "dense", "norm", "shortcut_conv", "shortcut_norm")
-_ORDER += ("add", "relu", "pool", "features", "logits")
+# A pool that comes before the norm has a name of its own for that: "conv_pool".
+_ORDER = ("base", "head", "conv", "conv_pool", "dense", "norm")
+_ORDER += ("shortcut_conv", "shortcut_norm", "add", "relu", "pool")
+_ORDER += ("features", "logits")
 
 
 def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:

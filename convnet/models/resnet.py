@@ -151,7 +151,7 @@ class PoolStage(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         x = tapped(self, self.conv(self.width, 3, 1, name="conv"), x)
-        x = tap(self, "pool", layers.max_pool(x, 2))
+        x = tap(self, "conv_pool", layers.max_pool(x, 2))
         x = tapped(self, self.norm(name="norm"), x, train)
         x = tap(self, "relu", nn.relu(x))
         if not self.residual:
