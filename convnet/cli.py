@@ -104,6 +104,9 @@ def parse(
     define(values, argv)
     try:
         rest = values(argv)[1:]
+        if "config" in values:
+            # config_flags keeps an experiment's OSError back until something is read.
+            getattr(values.config, "seed", None)
     except flags.UnrecognizedFlagError as error:
         near = config_lib.nearest(error.flagname, list(values))
         raise UsageError(
@@ -149,7 +152,9 @@ def _config_first(argv: list[str]) -> list[str]:
                 overrides.append(argument)
             rest.append(argument)
     if path is None and overrides:
-        raise UsageError(f"{overrides[0]} changes an experiment, but --config is missing")
+        raise UsageError(
+            f"{overrides[0]} changes an experiment, but --config is missing"
+        )
     if path is None:
         return argv
     return [argv[0], f"--config={_find_experiment(path)}", *rest]

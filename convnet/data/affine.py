@@ -122,7 +122,7 @@ def _neighbours(position: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     edge = jnp.abs(position + size / 2) % (2 * size)
     position = jnp.clip(size - jnp.abs(edge - size) - 0.5, 0, size - 1)
     index = jnp.minimum(position.astype(jnp.int32), max(size - 2, 0))
-    return index, position - index
+    return index, position - index.astype(position.dtype)
 
 
 def _stack(*entries: jax.Array | float) -> jax.Array:
