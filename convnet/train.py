@@ -101,6 +101,12 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
     changed = config_lib.changed(config)
     config_lib.resolve(config, functools.partial(pipeline.measure, dataset.train))
     example = pipeline.first(dataset.train)["input"][None]
+    for name in ("mean", "std"):
+        if len(config.data[name]) not in (1, example.shape[-1]):
+            raise UsageError(
+                f"data.{name} is {config.data[name]}: want one number, or one for each"
+                f" of the {example.shape[-1]} channels"
+            )
     task = task_lib.create(config, dataset)
     model = models.create(
         config.model.name,
@@ -110,23 +116,24 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
     )
     total_steps = config_lib.total_steps(config, len(dataset.train))
     try:
-        summary = summary_lib.summarize(model, example.shape)
         optimizer, schedule = optim.create(
             config.optimizer, config.schedule, total_steps
         )
+        recipe = Recipe(
+            model,
+            task,
+            optimizer,
+            tuple(config.data.mean),
+            tuple(config.data.std),
+            config.augment,
+            config.seed,
+            config.optimizer.accumulate,
+            config.optimizer.ema,
+        )
+        summary = summary_lib.summarize(model, example.shape)
+        _check_shapes(recipe, pipeline.first(dataset.train))
     except ValueError as error:
-        raise UsageError(f"{error} (input {example.shape[1:]})") from error
-    recipe = Recipe(
-        model,
-        task,
-        optimizer,
-        tuple(config.data.mean),
-        tuple(config.data.std),
-        config.augment,
-        config.seed,
-        config.optimizer.accumulate,
-        config.optimizer.ema,
-    )
+        raise UsageError(f"{error} (an input is {example.shape[1:]})") from error
     order = pipeline.TrainOrder(len(dataset.train), config.data.batch_size, config.seed)
     return Run(
         config=config,
@@ -142,6 +149,22 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
         example_shape=example.shape[1:],
         example_dtype=example.dtype,
     )
+
+
+def _check_shapes(recipe: Recipe, record: dict[str, Any]) -> None:
+    """Traces both steps, so that what does not fit together fails before a run."""
+    batch = {
+        name: jnp.zeros((2, *np.shape(value)), np.asarray(value).dtype)
+        for name, value in (("input", record["input"]), ("label", record["label"]))
+    }
+    batch |= {"index": jnp.arange(2), "epoch": jnp.zeros(2, int), "weight": jnp.ones(2)}
+    jax.eval_shape(functools.partial(step_lib.augmented, recipe=recipe), 0, {}, batch)
+
+    def predict() -> dict[str, jax.Array]:
+        state = step_lib.create_state(recipe, batch["input"])
+        return step_lib.predict_step(state.variables(), {}, batch, recipe=recipe)
+
+    jax.eval_shape(predict)
 
 
 def run(config: ml_collections.ConfigDict, path: Path, command: str) -> dict[str, Any]:

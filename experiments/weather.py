@@ -23,6 +23,6 @@ def get_config():
     config.optimizer.name = "adamw"
     config.optimizer.lr = 3e-3
     config.schedule.name = "one_cycle"
-    config.train.epochs = 10.0
+    config.train.epochs = 6.0
     config.train.eval_every = 2.0
     return config

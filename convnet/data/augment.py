@@ -192,14 +192,15 @@ def _random_erase(key: jax.Array, images: jax.Array, probability: float) -> jax.
     area = (ERASE_AREA[0] + (ERASE_AREA[1] - ERASE_AREA[0]) * area) * h * w
     aspect = ERASE_MAX_ASPECT ** (2 * aspect - 1)
     ratio = jnp.stack([aspect, 1 / aspect], axis=1)
-    sides = jnp.array([h, w])
-    size = jnp.round(jnp.sqrt(area[:, None] * ratio)).astype(jnp.int32)
-    size = jnp.where(chance[:, None] < probability, jnp.minimum(size, sides), 0)
-    start = (jnp.stack(place, axis=1) * (sides - size + 1)).astype(jnp.int32)
+    sides = jnp.array([h, w], jnp.float32)
+    size = jnp.minimum(jnp.round(jnp.sqrt(area[:, None] * ratio)), sides)
+    size = jnp.where(chance[:, None] < probability, size, 0.0)
+    start = jnp.floor(jnp.stack(place, axis=1) * (sides - size + 1))
     # One field of noise for the batch: drawing one for each example would take ten
     # times as long as all the rest.
     noise = jax.random.uniform(noise_key, (h, w, c))
-    return erase(images, start, start + size, noise)
+    stop = (start + size).astype(jnp.int32)
+    return erase(images, start.astype(jnp.int32), stop, noise)
 
 
 def _draw_mix(
@@ -220,7 +221,8 @@ def _draw_mix(
         cut = mixing.symmetric_beta(share_key, settings.cutmix, b)
         centre = jax.random.uniform(centre_key, (b, len(spatial)))
         start, stop, cut_share = mixing.cutmix_box(cut, centre, tuple(spatial))
-        cut_keep = 1.0 - mixing.box_mask(start, stop, tuple(spatial))
+        pasted = mixing.box_mask(start, stop, tuple(spatial))
+        cut_keep = jnp.where(pasted, 0.0, 1.0)
         if not settings.mixup:
             return cut_keep, cut_share
         coin = jax.random.bernoulli(keys[_Stream.MIXUP_OR_CUTMIX], shape=(b,))

@@ -35,7 +35,7 @@ def symmetric_beta(key: jax.Array, alpha: float, count: int) -> jax.Array:
     place = 1024 * jax.random.uniform(key, (count,))
     before = place.astype(jnp.int32)
     low, high = jnp.asarray(knots)[before], jnp.asarray(knots)[before + 1]
-    return low + (high - low) * (place - before)
+    return low + (high - low) * (place - jnp.floor(place))
 
 
 def cutmix_box(
@@ -49,8 +49,9 @@ def cutmix_box(
     """
     sides = jnp.array(spatial)
     root = (1 - share[:, None]) ** (1 / len(spatial))
-    size = (sides * root).astype(jnp.int32)
-    start = (centre * sides).astype(jnp.int32) - size // 2
+    size = jnp.floor(root * sides.astype(jnp.float32)).astype(jnp.int32)
+    middle = jnp.floor(centre * sides.astype(jnp.float32)).astype(jnp.int32)
+    start = middle - size // 2
     stop = jnp.minimum(start + size, sides)
     start = jnp.maximum(start, 0)
     return start, stop, 1 - jnp.prod(stop - start, axis=1) / math.prod(spatial)
