@@ -380,7 +380,9 @@ def total_steps(config: ml_collections.ConfigDict, examples: int) -> int:
     """Returns the steps of the run: train.steps, or train.epochs rounded up."""
     if config.train.steps:
         return config.train.steps
-    return max(1, math.ceil(config.train.epochs * examples / config.data.batch_size))
+    steps = config.train.epochs * examples / config.data.batch_size
+    # Rounded first: 1.1 epochs of 50,000 in batches of 500 come to 110.00000000000001.
+    return max(1, math.ceil(round(steps, 6)))
 
 
 def describe() -> str:
