@@ -224,7 +224,13 @@ def initial_state(it: Run) -> TrainState:
     example = jnp.asarray(pipeline.first(it.dataset.train)["input"][None])
     create = functools.partial(step_lib.create_state, it.recipe)
     start = time.perf_counter()
-    state = jax.jit(create, out_shardings=mesh_lib.replicated(it.mesh))(example)
+    # Run once: compiling the random draws well would take ten times as long.
+    options = {"xla_backend_optimization_level": 0}
+    state = jax.jit(
+        create,
+        out_shardings=mesh_lib.replicated(it.mesh),
+        compiler_options=options if jax.default_backend() == "cpu" else None,
+    )(example)
     jax.block_until_ready(state)
     it.compile_seconds += time.perf_counter() - start
     return state
