@@ -100,7 +100,7 @@ class Checkpoints:
                 force=True,
             )
         except Exception as error:  # Orbax and TensorStore raise many kinds.
-            raise self._failed(step, error) from error
+            raise self._failed(error) from error
 
     def wait(self) -> None:
         """Waits until all is on disk.
@@ -111,19 +111,19 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # Orbax and TensorStore raise many kinds.
-            raise self._failed(None, error) from error
+            raise self._failed(error) from error
 
     def close(self) -> None:
         """Releases the folder; `wait` comes before."""
         self._manager.close()
 
-    def _failed(self, step: int | None, error: Exception) -> ConvnetError:
-        what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+    def _failed(self, error: Exception) -> ConvnetError:
         good = self.steps()
         last = f"step {good[-1]}" if good else "none"
-        reason = " ".join(str(error).split())[:300]
+        # TensorStore nests messages; the cause stands at the end.
+        reason = " ".join(str(error).split())[-120:]
         return ConvnetError(
-            f"{what} could not be written to {self.folder}: {reason}\n"
+            f"a checkpoint could not be written to {self.folder}: ...{reason}\n"
             f"the last good checkpoint is: {last}; make room or choose another"
             " --workdir, and run the same command again"
         )

@@ -11,9 +11,9 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from convnet import config as config_lib
@@ -48,6 +48,10 @@ def run(
       usage: the text above the flags in `--help`.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    # What goes wrong in Orbax's threads reaches us as an exception of its own; without
+    # these two it would also be printed, with tracebacks.
+    logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = _unraisable
     try:
         status = main(parse(sys.argv, define, usage)) or 0
         sys.stdout.flush()
@@ -70,6 +74,12 @@ def run(
 
 def _terminate(signum: int, frame: object) -> NoReturn:
     raise Interrupted(signum)
+
+
+def _unraisable(about: Any) -> None:
+    # TensorStore, after a failed write.
+    if "Event loop is closed" not in str(about.exc_value):
+        sys.__unraisablehook__(about)
 
 
 def define_config(values: flags.FlagValues, argv: list[str]) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import ml_collections
-import tensorboardX
 
 from convnet import config as config_lib
 from convnet.errors import ConvnetError, UsageError
+from convnet.tensorboard import EventFile
 
 
 def write(path: Path, text: str) -> None:
@@ -27,7 +27,7 @@ class Workdir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._writer: tensorboardX.SummaryWriter | None = None
+        self._events: EventFile | None = None
 
     def create(self) -> None:
         """Makes the folder.
@@ -98,9 +98,7 @@ class Workdir:
         if path.exists():
             rows = [row for row in self.history() if row["step"] <= step]
             write(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self._writer = tensorboardX.SummaryWriter(
-            str(self.path / "tensorboard"), purge_step=step + 1
-        )
+        self._events = EventFile(self.path / "tensorboard", step + 1)
 
     def history(self) -> list[dict[str, Any]]:
         """Returns the rows of metrics.jsonl without a line that a kill cut short."""
@@ -117,11 +115,10 @@ class Workdir:
         """Appends a line to metrics.jsonl, and points to TensorBoard."""
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        assert self._writer is not None, "cut() comes first"
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        assert self._events is not None, "cut() comes first"
+        self._events.scalars(step, values)
 
     def close(self) -> None:
-        """Flushes and closes the TensorBoard file."""
-        if self._writer is not None:
-            self._writer.close()
+        """Closes the TensorBoard file."""
+        if self._events is not None:
+            self._events.close()
