@@ -145,12 +145,12 @@ def main(values: flags.FlagValues) -> None:
     mesh.start(config.compilation_cache)
     # After `start`, because these bring JAX up.
     from convnet import bundle as bundle_lib
-    from convnet import finish, report, train
+    from convnet import finish, prepare, report
     from convnet.workdir import Workdir
 
     bundle = bundle_lib.load(Path(values.model))
     bundle_lib.configure(config, bundle)
-    it = train.prepare(config)
+    it = prepare.prepare(config)
     if it.dataset.classes != bundle.classes:
         raise ConvnetError(
             f"the model's classes are {bundle.classes}, those of the data"

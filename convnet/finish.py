@@ -3,7 +3,7 @@
 import importlib.metadata
 import os
 import platform
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -11,16 +11,14 @@ from convnet import bundle, evaluate, preview, report
 from convnet import checkpoint as checkpoint_lib
 from convnet import config as config_lib
 from convnet import mesh as mesh_lib
+from convnet.prepare import Run
 from convnet.task import Binary
 from convnet.workdir import Workdir
-
-if TYPE_CHECKING:
-    from convnet.train import Run
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def finish(it: "Run", workdir: Workdir, command: str) -> dict[str, Any]:
+def finish(it: Run, workdir: Workdir, command: str) -> dict[str, Any]:
     """Evaluates the last state, writes the model file, the report, then result.json.
 
     result.json comes last: where it exists, the run is finished.
@@ -49,7 +47,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **found}
 
 
-def _result(it: "Run", means: dict[str, float]) -> dict[str, Any]:
+def _result(it: Run, means: dict[str, float]) -> dict[str, Any]:
     config = it.config
     count = sum(x.size for x in jax.tree.leaves(it.state.params))
     images = it.total_steps * config.data.batch_size
@@ -71,7 +69,7 @@ def _result(it: "Run", means: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def _bundle(it: "Run", result: dict[str, Any]) -> bundle.Bundle:
+def _bundle(it: Run, result: dict[str, Any]) -> bundle.Bundle:
     config, task = it.config, it.recipe.task
     origin = {"data": config.data.name, "config": config_lib.result_keys(config)}
     return bundle.Bundle(
@@ -95,7 +93,7 @@ def _bundle(it: "Run", result: dict[str, Any]) -> bundle.Bundle:
 
 
 def page(
-    it: "Run", workdir: Workdir, result: dict[str, Any], command: str
+    it: Run, workdir: Workdir, result: dict[str, Any], command: str
 ) -> report.Report:
     """Returns what the report shows of a run, or of an evaluation without a run."""
     task, dataset = it.recipe.task, it.dataset

@@ -5,7 +5,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 
@@ -15,11 +15,9 @@ from convnet import step as step_lib
 from convnet.checkpoint import Checkpoints
 from convnet.cli import Interrupted
 from convnet.errors import ConvnetError
+from convnet.prepare import Run
 from convnet.progress import Progress, Signals
 from convnet.workdir import Workdir
-
-if TYPE_CHECKING:
-    from convnet.train import Run
 
 # How many steps may be under way before the loop waits: enough to keep a device busy,
 # few enough that Ctrl-C is answered soon.
@@ -30,7 +28,7 @@ class Loop:
     """Trains `it.state` from step `start` to `it.total_steps`."""
 
     def __init__(
-        self, it: "Run", start: int, checkpoints: Checkpoints, workdir: Workdir
+        self, it: Run, start: int, checkpoints: Checkpoints, workdir: Workdir
     ) -> None:
         self._it = it
         self._config = it.config

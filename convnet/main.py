@@ -48,11 +48,11 @@ def main(values: flags.FlagValues) -> None:
     settings = config.check_type(values.config, experiment)
     mesh.start(settings.compilation_cache)
     # After `start`, because this is what brings JAX up.
-    from convnet import preview, train
+    from convnet import prepare, preview, train
 
     if values.preview:
         path = workdir / "preview.png"
-        count = preview.write_contact_sheet(train.prepare(settings), path)
+        count = preview.write_contact_sheet(prepare.prepare(settings), path)
         print(f"{count} augmented images: {path}")
         return
     command = shlex.join(["python", "-m", "convnet.main", *sys.argv[1:]])

@@ -1,7 +1,6 @@
 """Pictures of what training sees: the augmented batch, as a contact sheet."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -9,13 +8,11 @@ from PIL import Image
 
 from convnet import step as step_lib
 from convnet.errors import UsageError
+from convnet.prepare import Run
 from convnet.task import Binary, Regression
 
-if TYPE_CHECKING:
-    from convnet.train import Run
 
-
-def examples(it: "Run", count: int) -> tuple[np.ndarray | None, list[str]]:
+def examples(it: Run, count: int) -> tuple[np.ndarray | None, list[str]]:
     """Returns the first augmented examples of step 0 as pictures, and their captions.
 
     Returns:
@@ -32,7 +29,7 @@ def examples(it: "Run", count: int) -> tuple[np.ndarray | None, list[str]]:
     return images, [_caption(it, target) for target in seen["target"][:count]]
 
 
-def _caption(it: "Run", target: np.ndarray) -> str:
+def _caption(it: Run, target: np.ndarray) -> str:
     """Names the classes of a target, with their shares where they are mixed."""
     task, classes = it.recipe.task, it.dataset.classes
     if isinstance(task, Regression):
@@ -45,7 +42,7 @@ def _caption(it: "Run", target: np.ndarray) -> str:
     return " + ".join(f"{share:.0%} {name}" for share, name in shares if share > 0.005)
 
 
-def write_contact_sheet(it: "Run", path: Path, count: int = 64) -> int:
+def write_contact_sheet(it: Run, path: Path, count: int = 64) -> int:
     """Writes the augmented pictures, eight in a row, as a PNG; returns how many.
 
     Raises:

@@ -1,170 +1,17 @@
-"""A run, in the order in which it happens.
+"""A run, from the state in which the workdir stands to the report."""
 
-`prepare` reads the config, opens the data and builds the model; `run` resumes, trains,
-and finishes with an evaluation, a result and a report.
-"""
-
-import dataclasses
-import functools
-import time
-import warnings
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_collections
-import numpy as np
-from jax.sharding import Mesh
 
 from convnet import config as config_lib
-from convnet import finish, models, optim
+from convnet import finish
 from convnet import mesh as mesh_lib
-from convnet import step as step_lib
-from convnet import task as task_lib
 from convnet.checkpoint import Checkpoints
-from convnet.data import pipeline
-from convnet.data import source as source_lib
-from convnet.errors import UsageError
 from convnet.loop import Loop
-from convnet.models import summary as summary_lib
-from convnet.step import Recipe, TrainState
+from convnet.prepare import Run, initial_state, prepare
 from convnet.workdir import Workdir
-
-
-@dataclasses.dataclass
-class Run:
-    """Everything that a run needs, made by `prepare`."""
-
-    config: ml_collections.ConfigDict
-    changed: dict[str, Any]
-    mesh: Mesh
-    dataset: source_lib.Dataset
-    recipe: Recipe
-    schedule: optim.Schedule
-    total_steps: int
-    state: TrainState | None
-    train_order: pipeline.TrainOrder
-    summary: str
-    example_shape: tuple[int, ...]
-    example_dtype: np.dtype
-    compile_seconds: float = 0.0
-    train_seconds: float = 0.0
-    best: float | None = None
-    predicted: dict[str, Any] | None = None
-    splits: dict[str, pipeline.Split] = dataclasses.field(default_factory=dict)
-    _predict: Any = None
-
-    def split(self, name: str) -> pipeline.Split:
-        """Returns the split "train" or "test", opened when it is first needed."""
-        if name not in self.splits:
-            source = getattr(self.dataset, name)
-            self.splits[name] = pipeline.create(source, self.config.data, self.mesh)
-        return self.splits[name]
-
-    def compile(self, function: Any, *args: Any, **options: Any) -> Any:
-        """Compiles a pure step for its arguments, on the clock of compilation."""
-        start = time.perf_counter()
-        jitted = jax.jit(
-            functools.partial(function, recipe=self.recipe),
-            compiler_options=mesh_lib.compiler_options(jax.default_backend()),
-            **options,
-        )
-        with warnings.catch_warnings():
-            # XLA cannot store programs that call oneDNN; they are compiled each time.
-            warnings.filterwarnings("ignore", "Error writing persistent compilation")
-            compiled = jitted.lower(*args).compile()
-        self.compile_seconds += time.perf_counter() - start
-        return compiled
-
-    def predict(self, variables: Any, data: Any, batch: Any) -> dict[str, jax.Array]:
-        """The compiled predict step."""
-        if self._predict is None:
-            self._predict = self.compile(step_lib.predict_step, variables, data, batch)
-        return self._predict(variables, data, batch)
-
-
-def prepare(config: ml_collections.ConfigDict) -> Run:
-    """Opens the data, builds model, optimizer and state.
-
-    Args:
-      config: as `config.default()`; its open values (the model's own options, mean and
-        std) are filled in.
-
-    Raises:
-      UsageError: a value is wrong, or values do not go together.
-      ConvnetError: the data cannot be used.
-    """
-    config_lib.validate(config)
-    mesh = mesh_lib.make(config.data.batch_size)
-    dataset = source_lib.load(config.data, config.seed)
-    changed = config_lib.changed(config)
-    config_lib.resolve(config, functools.partial(pipeline.measure, dataset.train))
-    example = pipeline.first(dataset.train)["input"][None]
-    for name in ("mean", "std"):
-        if len(config.data[name]) not in (1, example.shape[-1]):
-            raise UsageError(
-                f"data.{name} is {config.data[name]}: want one number, or one for each"
-                f" of the {example.shape[-1]} channels"
-            )
-    task = task_lib.create(config, dataset)
-    model = models.create(
-        config.model.name,
-        num_outputs=task.num_outputs,
-        dtype=config.model.dtype,
-        **config_lib.model_options(config),
-    )
-    total_steps = config_lib.total_steps(config, len(dataset.train))
-    try:
-        optimizer, schedule = optim.create(
-            config.optimizer, config.schedule, total_steps
-        )
-        recipe = Recipe(
-            model,
-            task,
-            optimizer,
-            tuple(config.data.mean),
-            tuple(config.data.std),
-            config.augment,
-            config.seed,
-            config.optimizer.accumulate,
-            config.optimizer.ema,
-        )
-        summary = summary_lib.summarize(model, example.shape)
-        _check_shapes(recipe, pipeline.first(dataset.train))
-    except ValueError as error:
-        raise UsageError(f"{error} (an input is {example.shape[1:]})") from error
-    order = pipeline.TrainOrder(len(dataset.train), config.data.batch_size, config.seed)
-    return Run(
-        config=config,
-        changed=changed,
-        mesh=mesh,
-        dataset=dataset,
-        recipe=recipe,
-        schedule=schedule,
-        total_steps=total_steps,
-        state=None,
-        train_order=order,
-        summary=summary,
-        example_shape=example.shape[1:],
-        example_dtype=example.dtype,
-    )
-
-
-def _check_shapes(recipe: Recipe, record: dict[str, Any]) -> None:
-    """Traces both steps, so that what does not fit together fails before a run."""
-    batch = {
-        name: jnp.zeros((2, *np.shape(value)), np.asarray(value).dtype)
-        for name, value in (("input", record["input"]), ("label", record["label"]))
-    }
-    batch |= {"index": jnp.arange(2), "epoch": jnp.zeros(2, int), "weight": jnp.ones(2)}
-    jax.eval_shape(functools.partial(step_lib.augmented, recipe=recipe), 0, {}, batch)
-
-    def predict() -> dict[str, jax.Array]:
-        state = step_lib.create_state(recipe, batch["input"])
-        return step_lib.predict_step(state.variables(), {}, batch, recipe=recipe)
-
-    jax.eval_shape(predict)
 
 
 def run(config: ml_collections.ConfigDict, path: Path, command: str) -> dict[str, Any]:
@@ -217,23 +64,6 @@ def _heading(it: Run, path: Path) -> str:
         f"steps: {it.total_steps:,} of {it.config.data.batch_size} examples\n"
         f"workdir: {path}"
     )
-
-
-def initial_state(it: Run) -> TrainState:
-    """Initialises the state on the mesh, under jit."""
-    example = jnp.asarray(pipeline.first(it.dataset.train)["input"][None])
-    create = functools.partial(step_lib.create_state, it.recipe)
-    start = time.perf_counter()
-    # Run once: compiling the random draws well would take ten times as long.
-    options = {"xla_backend_optimization_level": 0}
-    state = jax.jit(
-        create,
-        out_shardings=mesh_lib.replicated(it.mesh),
-        compiler_options=options if jax.default_backend() == "cpu" else None,
-    )(example)
-    jax.block_until_ready(state)
-    it.compile_seconds += time.perf_counter() - start
-    return state
 
 
 def _resume(it: Run, checkpoints: Checkpoints) -> int:

@@ -1,0 +1,565 @@
+"""`python -m convnet.main` as a user starts it: what it writes, resumes and refuses."""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import pty
+import re
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+from tensorboardX.proto import event_pb2
+
+PROJECT = Path(__file__).resolve().parent.parent
+STEPS = 120
+TIMEOUT = 300  # seconds; a run takes a few, but a machine may be busy
+
+# Train: 100 pictures, one of them broken; test: 40, one of them broken.
+EXPERIMENT = """
+from convnet import config as config_lib
+
+
+def get_config():
+    config = config_lib.default()
+    config.data.name = "folder"
+    config.data.dir = "pictures"
+    config.data.image_size = 16
+    config.data.batch_size = 16
+    config.data.placement = "stream"
+    config.augment.flip = "random"
+    config.augment.resized_crop = (0.5, 1.0)
+    config.augment.brightness = 0.2
+    config.model.widths = (4,)
+    config.model.depth = 1
+    config.model.norm = "batch"
+    config.model.dropout = 0.2
+    config.optimizer.lr = 0.02
+    config.optimizer.ema = 0.9
+    config.train.steps = 120
+    config.train.log_every = 1
+    config.train.eval_every = 0.5
+    config.checkpoint.every_steps = 10
+    config.compilation_cache = "cache"
+    return config
+"""
+DIGITS = (
+    "--config=experiments/digits.py",
+    "--config.data.batch_size=16",
+    "--config.data.train_limit=64",
+    "--config.data.test_limit=20",
+    "--config.model.widths=(4,)",
+    "--config.model.depth=1",
+    "--config.train.steps=4",
+    "--config.compilation_cache=cache",
+)
+
+
+@dataclass
+class Done:
+    """A process that ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def start(folder, *flags, **options):
+    hidden = ("CONVNET_TRACEBACK", "NPROC", "XLA_FLAGS")
+    environment = {k: v for k, v in os.environ.items() if k not in hidden}
+    environment |= {"PYTHONPATH": str(PROJECT), **options.pop("env", {})}
+    return subprocess.Popen(
+        [sys.executable, "-m", "convnet.main", *flags],
+        cwd=folder,
+        env=environment,
+        text=True,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+    )
+
+
+def finish(process):
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    return Done(process.returncode, out or "", err or "")
+
+
+def run(folder, *flags, **options):
+    return finish(start(folder, *flags, **options))
+
+
+def rows(workdir):
+    path = workdir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def wait_for_step(process, workdir, step):
+    end = time.monotonic() + TIMEOUT
+    while not any(row["step"] >= step for row in rows(workdir)[-3:]):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def train_steps(workdir):
+    return [row["step"] for row in rows(workdir) if "train/loss" in row]
+
+
+def saved_steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").glob("[0-9]*"))
+
+
+def read_state(workdir, step):
+    """The flat arrays of a checkpoint, read with Orbax alone."""
+    path = workdir.absolute() / "checkpoints" / str(step) / "state"
+    with ocp.PyTreeCheckpointer() as reader:
+        return {name: np.asarray(leaf) for name, leaf in reader.restore(path).items()}
+
+
+def write_pictures(folder, rng):
+    for split, count in (("train", 50), ("test", 20)):
+        for name, brightness in (("day", 150), ("night", 50)):
+            at = folder / split / name
+            at.mkdir(parents=True)
+            for i in range(count):
+                shape = (16 + i % 3, 20, 3)
+                pixels = rng.normal(brightness, 40, shape).clip(0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(at / f"{i:02}.png")
+    (folder / "train/day/07.png").write_bytes(b"no picture")
+    cut = folder / "test/night/03.png"
+    cut.write_bytes(cut.read_bytes()[:200])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the user is: not the project's folder."""
+    folder = tmp_path_factory.mktemp("main")
+    write_pictures(folder / "pictures", np.random.default_rng(0))
+    (folder / "weather.py").write_text(EXPERIMENT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(folder):
+    """A run that nothing disturbs, streamed by threads; its workdir is runs/weather."""
+    done = run(folder, "--config=weather.py")
+    assert done.status == 0, done
+    return done
+
+
+@pytest.fixture(scope="module")
+def workdir(folder, first):
+    return folder / "runs" / "weather"
+
+
+@pytest.fixture(scope="module")
+def result(workdir):
+    return json.loads((workdir / "result.json").read_text())
+
+
+def test_result_and_metrics(workdir, result):
+    types = {
+        "step": int,
+        "epochs": float,
+        "test/accuracy": float,
+        "test/loss": float,
+        "test/examples": int,
+        "train/seconds": float,
+        "compile/seconds": float,
+        "train/images_per_second": float,
+        "params/count": int,
+        "params/sha256": str,
+        "seed": int,
+        "devices": int,
+        "processes": int,
+        "versions": dict,
+        "config/sha256": str,
+    }
+    assert {name: type(result[name]) for name in types} == types
+    assert (result["step"], result["epochs"]) == (STEPS, STEPS * 16 / 100)
+    assert result["test/accuracy"] > 0.9
+    assert result["train/seconds"] > 0 and result["compile/seconds"] > 0
+    speed = STEPS * 16 / result["train/seconds"]
+    assert result["train/images_per_second"] == pytest.approx(speed)
+    assert re.fullmatch("[0-9a-f]{64}", result["config/sha256"])
+    assert result["versions"]["python"].startswith("3.1")
+
+    assert train_steps(workdir) == list(range(1, STEPS + 1))
+    for row in rows(workdir):
+        assert all(type(v) in (int, float) and math.isfinite(v) for v in row.values())
+    last = rows(workdir)[-1]
+    for name in ("test/accuracy", "test/loss", "test/examples"):
+        assert last[name] == result[name]
+
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["model"]["widths"] == [4] and config["model"]["kernel"] == 3
+    assert len(config["data"]["mean"]) == 3, "the measured mean is written down"
+    assert "<html" in (workdir / "report.html").read_text()
+    assert (workdir / "model.safetensors").stat().st_size > 0
+
+
+def test_params_hash_is_that_of_the_last_checkpoint(workdir, result):
+    assert saved_steps(workdir)[-1] == STEPS
+    state = read_state(workdir, STEPS)
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        if name.split("/")[0] in ("params", "batch_stats", "ema"):
+            leaf = state[name]
+            digest.update(f"{name} {leaf.shape} {leaf.dtype}\n".encode())
+            digest.update(leaf.tobytes())
+    assert digest.hexdigest() == result["params/sha256"]
+    sizes = [leaf.size for name, leaf in state.items() if name.startswith("params/")]
+    assert sum(sizes) == result["params/count"]
+    assert any(name.startswith("ema/batch_stats/") for name in state)
+
+
+def crc32c(data):
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def tfrecords(path):
+    """The records of a TFRecord file, each checked by its two masked CRCs."""
+
+    def checked(data, masked):
+        crc = crc32c(data)
+        rotated = ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+        assert struct.unpack("<I", masked)[0] == rotated
+        return data
+
+    data, place = path.read_bytes(), 0
+    while place < len(data):
+        header = checked(data[place : place + 8], data[place + 8 : place + 12])
+        end = place + 12 + struct.unpack("<Q", header)[0]
+        yield checked(data[place + 12 : end], data[end : end + 4])
+        place = end + 4
+
+
+def test_tensorboard_files_hold_the_metrics(workdir):
+    found = {}
+    for path in (workdir / "tensorboard").iterdir():
+        for record in tfrecords(path):
+            event = event_pb2.Event.FromString(record)
+            for value in event.summary.value:
+                found[value.tag, event.step] = value.simple_value
+    wanted = {
+        (name, row["step"]): value
+        for row in rows(workdir)
+        for name, value in row.items()
+        if name != "step"
+    }
+    assert found.keys() == wanted.keys()
+    assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_plain_lines_where_there_is_no_terminal(first):
+    assert not re.search("[\r\x1b]", first.out + first.err)
+    lines = first.out.splitlines()
+    assert any(re.match(rf"step \d+/{STEPS} .*\bloss \d", line) for line in lines)
+    assert any(re.match(rf"step {STEPS}/{STEPS} .*test: ", line) for line in lines)
+
+
+def test_broken_pictures_are_left_out_and_listed(first, workdir, result):
+    assert result["test/examples"] == 39
+    page = (workdir / "report.html").read_text()
+    for name in ("train/day/07.png", "test/night/03.png"):
+        assert name in page
+        assert first.out.count(name) == 1
+
+
+def test_a_finished_run_is_left_alone(folder, workdir, first):
+    def content():
+        files = [path for path in workdir.rglob("*") if path.is_file()]
+        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+    before = content()
+    done = run(folder, "--config=weather.py")
+    assert done.status == 0
+    assert "finished" in done.out and str(STEPS) in done.out
+    assert content() == before
+
+
+@pytest.fixture(scope="module")
+def interrupted(folder):
+    """The same run in another workdir, stopped three times, its data fed in four ways.
+
+    The keys that change from leg to leg do not change the result.
+    """
+    workdir = folder / "again"
+    flags = ("--config=weather.py", "--workdir=again")
+    legs = {}
+
+    at = 6
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    process = start(
+        folder,
+        *flags,
+        "--config.data.workers=2",
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(follower)
+    shown = []
+
+    def read():
+        try:
+            while data := os.read(leader, 1 << 16):
+                shown.append(data)
+        except OSError:  # Linux's way to say that the other end is closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    wait_for_step(process, workdir, at)
+    os.write(leader, b"\x03")
+    done = finish(process)
+    reader.join()
+    os.close(leader)
+    legs["ctrl_c"] = Done(done.status, b"".join(shown).decode(), "")
+    legs["ctrl_c_saved"] = saved_steps(workdir)
+
+    at = max(train_steps(workdir)) + 8
+    process = start(folder, *flags, "--config.checkpoint.keep=1")
+    wait_for_step(process, workdir, at)
+    process.terminate()
+    legs["sigterm"] = finish(process)
+    legs["sigterm_saved"] = saved_steps(workdir)
+
+    at = max(train_steps(workdir)) + 8
+    process = start(folder, *flags, "--config.data.placement=device")
+    wait_for_step(process, workdir, at)
+    process.kill()
+    legs["sigkill"] = finish(process)
+
+    legs["last"] = run(
+        folder,
+        *flags,
+        "--config.data.workers=1",
+        "--config.train.eval_every=5.0",
+        "--config.checkpoint.every_steps=1000",
+    )
+    return legs
+
+
+def stopped(text):
+    return int(re.search(rf"stopped at step (\d+) of {STEPS}, saved", text)[1])
+
+
+def resumed(text):
+    return int(re.search(r"resuming from step (\d+)", text)[1])
+
+
+def test_ctrl_c_on_a_terminal(interrupted):
+    done = interrupted["ctrl_c"]
+    assert done.status == 130, done.out
+    assert re.search(rf"\d+%\|.*\d+/{STEPS} ", done.out), "no bar"
+    assert stopped(done.out) in interrupted["ctrl_c_saved"]
+    assert "Traceback" not in done.out, done.out
+
+
+def test_sigterm(interrupted):
+    done = interrupted["sigterm"]
+    assert done.status == 143, done
+    assert resumed(done.out) == stopped(interrupted["ctrl_c"].out)
+    assert stopped(done.err) in interrupted["sigterm_saved"]
+    assert "Traceback" not in done.err, done.err
+
+
+def test_stopped_killed_and_resumed_gives_the_same_weights(
+    folder, interrupted, workdir, result
+):
+    assert interrupted["sigkill"].status == -signal.SIGKILL
+    done = interrupted["last"]
+    assert done.status == 0, done
+    assert resumed(done.out) >= stopped(interrupted["sigterm"].err)
+    again = json.loads((folder / "again" / "result.json").read_text())
+    for name in ("params/sha256", "config/sha256", "test/loss", "test/examples"):
+        assert again[name] == result[name]
+    assert train_steps(folder / "again") == list(range(1, STEPS + 1))
+    tested = [row["step"] for row in rows(folder / "again") if "test/loss" in row]
+    assert tested == sorted(set(tested)) and tested[-1] == STEPS
+    losses = {r["step"]: r["train/loss"] for r in rows(workdir) if "train/loss" in r}
+    for row in rows(folder / "again"):
+        if "train/loss" in row:
+            assert row["train/loss"] == losses[row["step"]]
+
+
+def limit_file_size():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
+# name: (exit status, what the message says, flags), each in a workdir of its own.
+REFUSED = {
+    "unknown key": (
+        2,
+        ("optimizer.momentm", "did you mean 'optimizer.momentum'?"),
+        (*DIGITS, "--config.optimizer.momentm=0.5"),
+    ),
+    "no such folder": (
+        2,
+        ("data.dir", "nowhere/pictures", "no such folder"),
+        ("--config=weather.py", "--config.data.dir=nowhere/pictures"),
+    ),
+    "unknown dataset": (
+        1,
+        ("'cifar11' is not prepared", "did you mean 'cifar10'?", "data.dir"),
+        (*DIGITS, "--config.data.name=cifar11", "--config.data.dir=empty"),
+    ),
+    "no network": (
+        1,
+        ("cannot download", "cifar-10-binary.tar.gz", "--config.data.dir"),
+        (*DIGITS, "--config.data.name=cifar10", "--config.data.dir=empty"),
+    ),
+    "class without pictures": (
+        1,
+        ("lacking", "holds no images", "train/CLASS"),
+        ("--config=weather.py", "--config.data.dir=lacking"),
+    ),
+    "workdir under a file": (
+        1,
+        ("--workdir=weather.py/run", "cannot be written"),
+        (*DIGITS, "--workdir=weather.py/run"),
+    ),
+    "full disk": (
+        1,
+        ("checkpoint", "could not be written", "last good checkpoint"),
+        (*DIGITS, "--config.model.dense=(1000,)"),
+    ),
+    "too high a learning rate": (
+        1,
+        (
+            "the loss is nan at step 1;",
+            "the last good checkpoint: of step 1",
+            "optimizer.lr = 1e+30",
+        ),
+        (
+            *DIGITS,
+            "--config.optimizer.name=sgd",
+            "--config.schedule.name=constant",
+            "--config.optimizer.lr=1e30",
+            "--config.checkpoint.every_steps=1",
+        ),
+    ),
+    "too many broken pictures": (
+        1,
+        ("1 of 100 images", "data.max_bad_fraction = 0.005", "train/day/07.png"),
+        ("--config=weather.py", "--config.data.max_bad_fraction=0.005"),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def refused(folder):
+    (folder / "empty").mkdir()
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (folder / "lacking" / name).mkdir(parents=True)
+        if name != "train/b":
+            Image.new("RGB", (16, 16)).save(folder / "lacking" / name / "1.png")
+    closed = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+
+    def one(name):
+        flags = REFUSED[name][2]
+        if not any(flag.startswith("--workdir") for flag in flags):
+            flags += (f"--workdir=refused/{name}",)
+        limit = limit_file_size if name == "full disk" else None
+        return name, run(folder, *flags, env=closed, preexec_fn=limit)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(pool.map(one, REFUSED))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refusals(name, refused):
+    status, fragments, _ = REFUSED[name]
+    done = refused[name]
+    assert done.status == status, done
+    message = done.err[done.err.index("error: ") :]
+    for fragment in fragments:
+        assert fragment in message
+    assert "Traceback" not in done.out + done.err
+    assert len(message.splitlines()) <= (12 if name == "class without pictures" else 4)
+
+
+def test_no_checkpoint_holds_nan(folder, refused):
+    workdir = folder / "refused" / "too high a learning rate"
+    assert saved_steps(workdir) == [1]
+    state = read_state(workdir, 1)
+    assert state and all(np.isfinite(leaf).all() for leaf in state.values())
+
+
+def test_another_config_is_refused(folder, workdir, first):
+    before = (workdir / "config.json").read_bytes()
+    done = run(
+        folder,
+        "--config=weather.py",
+        "--config.optimizer.lr=0.5",
+        "--config.augment.flip=none",
+    )
+    assert done.status == 2
+    assert "optimizer.lr: 0.02 there, 0.5 now" in done.err
+    assert "augment.flip: 'random' there, 'none' now" in done.err
+    assert len(done.err.splitlines()) == 4 and str(Path("runs/weather")) in done.err
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_preview(folder):
+    done = run(folder, *DIGITS, "--preview")
+    assert done.status == 0, done
+    with Image.open(folder / "runs/digits/preview.png") as sheet:
+        sheet.load()
+        # 16 pictures of 8x8, eight in a row, enlarged to 96x96.
+        assert sheet.size == (8 * 96, 2 * 96)
+        assert sheet.getextrema()[1] > 200
+    assert os.listdir(folder / "runs/digits") == ["preview.png"]
+
+
+def test_help(folder):
+    done = run(folder, "--help")
+    assert (done.status, done.err) == (0, "")
+    for name in ("--workdir", "--preview", "--config.optimizer.lr=0.1", "Trains an"):
+        assert name in done.out
+
+
+def test_importing_is_quick_and_brings_no_tensorflow():
+    code = """
+import json, sys, time
+start = time.perf_counter()
+import convnet
+seconds = time.perf_counter() - start
+import convnet.main
+found = [set(sys.modules)]
+import convnet.train
+found.append(set(sys.modules))
+heavy = ("tensorflow", "tensorflow_datasets", "sklearn", "matplotlib")
+print(json.dumps([seconds, *[[m for m in heavy if m in each] for each in found]]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True
+    )
+    seconds, *found = json.loads(done.stdout)
+    assert seconds < 1
+    assert found == [[], []]
