@@ -1,6 +1,8 @@
 """Checkpoints with Orbax: saved in the background, atomic, verified when restored."""
 
 import hashlib
+import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,19 @@ def result_sha256(state: TrainState) -> str:
     return sha256(tree if state.ema is None else {**tree, "ema": state.ema})
 
 
+def _score(metrics: dict[str, float]) -> float:
+    return metrics.get("score", -math.inf)
+
+
+def _drop_broken_scores(folder: Path) -> None:
+    """Orbax reads all scores when it opens a folder, and would fail for one of them."""
+    for path in folder.glob("*/metrics/metrics"):
+        try:
+            json.loads(path.read_text())
+        except ValueError:
+            path.unlink()
+
+
 class Checkpoints:
     """The folder `checkpoints/` of a run: the newest n and the best one.
 
@@ -49,6 +64,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder.absolute()
+        _drop_broken_scores(self.folder)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -56,12 +72,14 @@ class Checkpoints:
                     [
                         policies.LatestN(keep),
                         policies.BestN(
-                            get_metric_fn=lambda metrics: metrics["score"],
+                            get_metric_fn=_score,
                             n=1,
                             keep_checkpoints_without_metrics=False,
                         ),
                     ]
                 ),
+                # With it scores are written to disk too, for the next start.
+                best_fn=_score,
                 save_decision_policy=policies.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
             ),

@@ -110,13 +110,14 @@ def parse(
         define(values, argv[:1])
         print(_help(values, usage))
         raise SystemExit(0)
-    argv = _config_first(argv)
+    argv, experiment = _config_first(argv)
     define(values, argv)
     try:
         rest = values(argv)[1:]
-        if "config" in values:
+        if experiment:
             # config_flags keeps an experiment's OSError back until something is read.
             getattr(values.config, "seed", None)
+            config_lib.check_type(values.config, str(experiment))
     except flags.UnrecognizedFlagError as error:
         near = config_lib.nearest(error.flagname, list(values))
         raise UsageError(
@@ -126,7 +127,6 @@ def parse(
     except UsageError:
         raise
     except Exception as error:  # An experiment is code: it can raise anything.
-        experiment = Path(argv[1].partition("=")[2])
         raise UsageError(_one_line(error, experiment)) from error
     if rest:
         raise UsageError(f"unexpected argument {rest[0]!r} (--help shows the usage)")
@@ -144,8 +144,10 @@ def _help(values: flags.FlagValues, usage: str) -> str:
     return "\n".join(lines)
 
 
-def _config_first(argv: list[str]) -> list[str]:
+def _config_first(argv: list[str]) -> tuple[list[str], Path | None]:
     """Checks the names of the overrides and puts --config, made absolute, first.
+
+    Returns the arguments and the experiment, None without --config.
 
     `config_flags` wants --config before its overrides; a person need not know.
     """
@@ -166,8 +168,9 @@ def _config_first(argv: list[str]) -> list[str]:
             f"{overrides[0]} changes an experiment, but --config is missing"
         )
     if path is None:
-        return argv
-    return [argv[0], f"--config={_find_experiment(path)}", *rest]
+        return argv, None
+    experiment = _find_experiment(path)
+    return [argv[0], f"--config={experiment}", *rest], experiment
 
 
 def _find_experiment(path: str) -> Path:
@@ -183,18 +186,18 @@ def _find_experiment(path: str) -> Path:
     )
 
 
-def _one_line(error: Exception, experiment: Path) -> str:
+def _one_line(error: Exception, experiment: Path | None) -> str:
     """Says what is wrong with a flag, or in which line of an experiment."""
     cause: BaseException | None = error
     # absl and config_flags wrap what an experiment raises in errors of their own.
     while cause is not None:
         for frame in reversed(traceback.extract_tb(cause.__traceback__)):
             # An experiment may build on another one beside it.
-            if Path(frame.filename).parent == experiment.parent:
+            if experiment and Path(frame.filename).parent == experiment.parent:
                 return _in_experiment(cause, frame)
         cause = cause.__cause__ or cause.__context__
     text = " ".join(str(error).split())
-    if isinstance(error, flags.Error):
+    if isinstance(error, flags.Error) or experiment is None:
         return text
     return f"{experiment}: {type(error).__name__}: {text}"
 

@@ -706,7 +706,7 @@ def test_draws_do_not_depend_on_the_number_of_devices(everything, images, tmp_pa
         env=environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     alone = everything(jax.random.key(0), batch)

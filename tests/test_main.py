@@ -48,6 +48,7 @@ def get_config():
     config.model.depth = 1
     config.model.norm = "batch"
     config.model.dropout = 0.2
+    config.task.label_smoothing = 0.1
     config.optimizer.lr = 0.02
     config.optimizer.ema = 0.9
     config.train.steps = 120
@@ -132,6 +133,49 @@ def read_state(workdir, step):
         return {name: np.asarray(leaf) for name, leaf in reader.restore(path).items()}
 
 
+class Terminal:
+    """A terminal of 40 lines of 120 characters, the only one of what it starts."""
+
+    def __init__(self):
+        self._screen, self._program = pty.openpty()
+        size = struct.pack("HHHH", 40, 120, 0, 0)
+        fcntl.ioctl(self._program, termios.TIOCSWINSZ, size)
+        self._data = b""
+        self._reader = threading.Thread(target=self._read)
+
+    def __enter__(self):
+        return self
+
+    def start(self, folder, *flags):
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), self._program)
+        process = start(
+            folder,
+            *flags,
+            **streams,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+        os.close(self._program)
+        self._reader.start()
+        return process
+
+    def press(self, keys):
+        os.write(self._screen, keys)
+
+    def _read(self):
+        try:
+            while data := os.read(self._screen, 1 << 16):
+                self._data += data
+        except OSError:  # Linux's way to say that the program has ended
+            pass
+
+    def __exit__(self, *unused):
+        self._reader.join(TIMEOUT)
+        os.close(self._screen)
+        self.shown = self._data.decode()
+        print(self.shown)  # which pytest shows where a test fails
+
+
 def write_pictures(folder, rng):
     for split, count in (("train", 50), ("test", 20)):
         for name, brightness in (("day", 150), ("night", 50)):
@@ -151,21 +195,21 @@ def folder(tmp_path_factory):
     """Where the user is: not the project's folder."""
     folder = tmp_path_factory.mktemp("main")
     write_pictures(folder / "pictures", np.random.default_rng(0))
-    (folder / "weather.py").write_text(EXPERIMENT)
+    (folder / "sky.py").write_text(EXPERIMENT)
     return folder
 
 
 @pytest.fixture(scope="module")
 def first(folder):
-    """A run that nothing disturbs, streamed by threads; its workdir is runs/weather."""
-    done = run(folder, "--config=weather.py")
+    """A run that nothing disturbs, streamed by threads; its workdir is runs/sky."""
+    done = run(folder, "--config=sky.py")
     assert done.status == 0, done
     return done
 
 
 @pytest.fixture(scope="module")
 def workdir(folder, first):
-    return folder / "runs" / "weather"
+    return folder / "runs" / "sky"
 
 
 @pytest.fixture(scope="module")
@@ -255,11 +299,14 @@ def tfrecords(path):
         place = end + 4
 
 
-def test_tensorboard_files_hold_the_metrics(workdir):
+def check_tensorboard(workdir):
+    """Compares what TensorBoard shows with metrics.jsonl."""
     found = {}
-    for path in (workdir / "tensorboard").iterdir():
+    for path in sorted((workdir / "tensorboard").iterdir()):
         for record in tfrecords(path):
             event = event_pb2.Event.FromString(record)
+            if event.session_log.status == event_pb2.SessionLog.START:
+                found = {k: v for k, v in found.items() if k[1] < event.step}
             for value in event.summary.value:
                 found[value.tag, event.step] = value.simple_value
     wanted = {
@@ -270,6 +317,10 @@ def test_tensorboard_files_hold_the_metrics(workdir):
     }
     assert found.keys() == wanted.keys()
     assert found == pytest.approx(wanted, rel=1e-6)
+
+
+def test_tensorboard_files_hold_the_metrics(workdir):
+    check_tensorboard(workdir)
 
 
 def test_plain_lines_where_there_is_no_terminal(first):
@@ -293,7 +344,7 @@ def test_a_finished_run_is_left_alone(folder, workdir, first):
         return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
 
     before = content()
-    done = run(folder, "--config=weather.py")
+    done = run(folder, "--config=sky.py")
     assert done.status == 0
     assert "finished" in done.out and str(STEPS) in done.out
     assert content() == before
@@ -306,40 +357,17 @@ def interrupted(folder):
     The keys that change from leg to leg do not change the result.
     """
     workdir = folder / "again"
-    flags = ("--config=weather.py", "--workdir=again")
+    flags = ("--config=sky.py", "--workdir=again")
     legs = {}
 
-    at = 6
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    process = start(
-        folder,
-        *flags,
-        "--config.data.workers=2",
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    )
-    os.close(follower)
-    shown = []
-
-    def read():
-        try:
-            while data := os.read(leader, 1 << 16):
-                shown.append(data)
-        except OSError:  # Linux's way to say that the other end is closed
-            pass
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    wait_for_step(process, workdir, at)
-    os.write(leader, b"\x03")
-    done = finish(process)
-    reader.join()
-    os.close(leader)
-    legs["ctrl_c"] = Done(done.status, b"".join(shown).decode(), "")
+    with Terminal() as terminal:
+        process = terminal.start(
+            folder, *flags, "--config.data.workers=2", "--config.train.eval_every=0.0"
+        )
+        wait_for_step(process, workdir, 6)
+        terminal.press(b"\x03")
+        done = finish(process)
+    legs["ctrl_c"] = Done(done.status, terminal.shown, "")
     legs["ctrl_c_saved"] = saved_steps(workdir)
 
     at = max(train_steps(workdir)) + 8
@@ -358,7 +386,6 @@ def interrupted(folder):
     legs["last"] = run(
         folder,
         *flags,
-        "--config.data.workers=1",
         "--config.train.eval_every=5.0",
         "--config.checkpoint.every_steps=1000",
     )
@@ -406,6 +433,7 @@ def test_stopped_killed_and_resumed_gives_the_same_weights(
     for row in rows(folder / "again"):
         if "train/loss" in row:
             assert row["train/loss"] == losses[row["step"]]
+    check_tensorboard(folder / "again")
 
 
 def limit_file_size():
@@ -422,7 +450,7 @@ REFUSED = {
     "no such folder": (
         2,
         ("data.dir", "nowhere/pictures", "no such folder"),
-        ("--config=weather.py", "--config.data.dir=nowhere/pictures"),
+        ("--config=sky.py", "--config.data.dir=nowhere/pictures"),
     ),
     "unknown dataset": (
         1,
@@ -437,12 +465,12 @@ REFUSED = {
     "class without pictures": (
         1,
         ("lacking", "holds no images", "train/CLASS"),
-        ("--config=weather.py", "--config.data.dir=lacking"),
+        ("--config=sky.py", "--config.data.dir=lacking"),
     ),
     "workdir under a file": (
         1,
-        ("--workdir=weather.py/run", "cannot be written"),
-        (*DIGITS, "--workdir=weather.py/run"),
+        ("--workdir=sky.py/run", "cannot be written"),
+        (*DIGITS, "--workdir=sky.py/run"),
     ),
     "full disk": (
         1,
@@ -467,7 +495,7 @@ REFUSED = {
     "too many broken pictures": (
         1,
         ("1 of 100 images", "data.max_bad_fraction = 0.005", "train/day/07.png"),
-        ("--config=weather.py", "--config.data.max_bad_fraction=0.005"),
+        ("--config=sky.py", "--config.data.max_bad_fraction=0.005"),
     ),
 }
 
@@ -515,14 +543,14 @@ def test_another_config_is_refused(folder, workdir, first):
     before = (workdir / "config.json").read_bytes()
     done = run(
         folder,
-        "--config=weather.py",
+        "--config=sky.py",
         "--config.optimizer.lr=0.5",
         "--config.augment.flip=none",
     )
     assert done.status == 2
     assert "optimizer.lr: 0.02 there, 0.5 now" in done.err
     assert "augment.flip: 'random' there, 'none' now" in done.err
-    assert len(done.err.splitlines()) == 4 and str(Path("runs/weather")) in done.err
+    assert len(done.err.splitlines()) == 4 and str(Path("runs/sky")) in done.err
     assert (workdir / "config.json").read_bytes() == before
 
 

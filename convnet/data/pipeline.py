@@ -222,7 +222,10 @@ class Streaming:
     def batches(self, order: Order, start: int, stop: int) -> Iterator[Any]:
         """Yields the device batches of steps start .. stop - 1."""
         import grain
+        from absl import flags
 
+        # Grain reads absl's global flags, and our entry points have flags of their own.
+        flags.FLAGS.mark_as_parsed()
         steps = grain.MapDataset.range(start, stop).map(
             functools.partial(_load_step, self._source, order)
         )

@@ -1,0 +1,280 @@
+"""The folder of a run: its rules, and that nothing in it is ever half there."""
+
+import errno
+import json
+import struct
+
+import pytest
+from tensorboardX.proto import event_pb2
+
+from convnet import config as config_lib
+from convnet import workdir as workdir_lib
+from convnet.errors import ConvnetError, UsageError
+from convnet.workdir import Workdir
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    workdir = Workdir(tmp_path / "run")
+    workdir.create()
+    yield workdir
+    workdir.close()
+
+
+def config_with(**changes):
+    config = config_lib.default()
+    config.data.mean, config.data.std = (0.5,), (0.25,)
+    for name, value in changes.items():
+        section, key = name.split("__")
+        config[section][key] = value
+    return config
+
+
+def saved(workdir, **changes):
+    workdir.write_json("config.json", config_lib.to_dict(config_with(**changes)))
+    return workdir
+
+
+def events(workdir):
+    """Every event of the TensorBoard files, in the order in which they were opened."""
+    found = []
+    for path in sorted((workdir.path / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            assert struct.unpack("<I", data[8:12])[0] == masked_crc32c(data[:8])
+            body, data = data[12 : 12 + length], data[12 + length :]
+            assert struct.unpack("<I", data[:4])[0] == masked_crc32c(body)
+            found.append(event_pb2.Event.FromString(body))
+            data = data[4:]
+    return found
+
+
+def masked_crc32c(data):
+    """RFC 3720's CRC-32C bit by bit, masked as a TFRecord wants it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+# Files.
+
+
+def test_json_comes_back(workdir):
+    assert workdir.read_json("result.json") is None
+    content = {"step": 3, "test/loss": 0.25, "versions": {"jax": "1"}, "list": [1, 2]}
+    workdir.write_json("result.json", content)
+    assert workdir.read_json("result.json") == content
+    assert json.loads((workdir.path / "result.json").read_text()) == content
+
+
+@pytest.mark.parametrize("failing", ["write_text", "replace"])
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, failing):
+    path = tmp_path / "result.json"
+    workdir_lib.write(path, "old")
+    real = type(path).write_text
+
+    def fail(self, *arguments):
+        if failing == "write_text":
+            real(self, "ne")  # A part is written before the disk is full.
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(path), failing, fail)
+    with pytest.raises(OSError, match="No space left"):
+        workdir_lib.write(path, "new")
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+    workdir_lib.write(path, "new")
+    assert path.read_text() == "new"
+
+
+def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    workdir_lib.write(path, "old")
+    real, seen = type(path).write_text, []
+
+    def write_text(self, text):
+        real(self, text)
+        seen.append(path.read_text())
+
+    monkeypatch.setattr(type(path), "write_text", write_text)
+    workdir_lib.write(path, "new")
+    assert seen == ["old"] and path.read_text() == "new"
+
+
+@pytest.mark.parametrize("text", ['{"step": 1', "", "\x00\x00"])
+def test_a_broken_json_file_is_named(workdir, text):
+    (workdir.path / "config.json").write_text(text)
+    with pytest.raises(ConvnetError) as error:
+        workdir.check(config_with())
+    assert str(workdir.path / "config.json") in str(error.value)
+    assert "choose another" in str(error.value)
+
+
+@pytest.mark.parametrize("below", ["", "runs/a"])
+def test_a_place_that_cannot_be_written_to(tmp_path, below):
+    (tmp_path / "file").write_text("I am a file")
+    path = tmp_path / "file" / below if below else tmp_path / "file"
+    workdir = Workdir(path)
+    # Resuming is looked into first.
+    assert workdir.read_json("result.json") is None
+    with pytest.raises(ConvnetError) as error:
+        workdir.create()
+    assert f"--workdir={path} cannot be written to" in str(error.value)
+    assert "choose another" in str(error.value)
+    assert (tmp_path / "file").read_text() == "I am a file"
+
+
+def test_a_read_only_place(tmp_path, monkeypatch):
+    def refuse(self, data):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(type(tmp_path), "write_bytes", refuse)
+    with pytest.raises(ConvnetError, match="cannot be written to: Permission denied"):
+        Workdir(tmp_path / "a" / "b").create()
+
+
+def test_create_makes_parents_and_leaves_nothing_behind(tmp_path):
+    workdir = Workdir(tmp_path / "a" / "b")
+    workdir.create()
+    (workdir.path / "kept").write_text("x")
+    workdir.create()
+    assert [p.name for p in workdir.path.iterdir()] == ["kept"]
+
+
+# Another config.
+
+
+def test_the_same_config_goes_on(workdir):
+    workdir.check(config_with())
+    saved(workdir)
+    workdir.check(config_with())
+    # Neither where nor how often changes the result.
+    workdir.check(
+        config_with(
+            data__dir="/elsewhere",
+            data__workers=4,
+            train__log_every=7,
+            checkpoint__keep=9,
+        )
+    )
+
+
+def test_another_config_is_refused_with_both_values(workdir):
+    saved(workdir, optimizer__lr=0.5, model__widths=(8, 16))
+    config = config_with(
+        optimizer__lr=0.25, model__widths=(8,), data__workers=4, data__name="cifar10"
+    )
+    with pytest.raises(UsageError) as error:
+        workdir.check(config)
+    first, *lines, last = str(error.value).splitlines()
+    assert str(workdir.path) in first and "--workdir" in last
+    assert lines == [
+        "  data.name: 'digits' there, 'cifar10' now",
+        "  model.widths: [8, 16] there, [8] now",
+        "  optimizer.lr: 0.5 there, 0.25 now",
+    ]
+
+
+def test_a_key_that_an_older_version_did_not_have(workdir):
+    content = config_lib.to_dict(config_with())
+    del content["optimizer"]["clip_norm"], content["task"]
+    workdir.write_json("config.json", content)
+    with pytest.raises(UsageError) as error:
+        workdir.check(config_with())
+    assert "  optimizer.clip_norm: 'absent' there, 0.0 now" in str(error.value)
+    assert "  task.name: 'absent' there, 'classification' now" in str(error.value)
+
+
+def test_adopt_takes_over_what_was_measured(workdir):
+    config = config_lib.default()
+    workdir.adopt(config)
+    assert config.data.mean == () and config.data.std == ()
+    saved(workdir)
+    workdir.adopt(config)
+    assert config.data.mean == (0.5,) and config.data.std == (0.25,)
+    given = config_with(data__mean=(0.125,))
+    workdir.adopt(given)
+    assert given.data.mean == (0.125,)
+
+
+# Metrics.
+
+
+def write_metrics(workdir):
+    workdir.cut(0)
+    for step in (10, 20, 30):
+        workdir.log(step, {"train/loss": 1.0 / step, "epoch": step / 10})
+    workdir.log(20, {"test/loss": 0.5})
+    workdir.close()
+    return workdir.path / "metrics.jsonl"
+
+
+def test_log_appends_a_row(workdir):
+    path = write_metrics(workdir)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[0] == {"step": 10, "train/loss": 0.1, "epoch": 1.0}
+    assert [row["step"] for row in rows] == [10, 20, 30, 20]
+    assert workdir.history() == rows
+
+
+@pytest.mark.parametrize(
+    ("step", "kept"), [(0, []), (19, [10]), (20, [10, 20, 20]), (99, [10, 20, 30, 20])]
+)
+def test_cut_drops_later_rows(workdir, step, kept):
+    path = write_metrics(workdir)
+    before = path.read_text().splitlines()
+    workdir.cut(step)
+    after = path.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in after] == kept
+    assert set(after) <= set(before)
+    workdir.log(step + 1, {"train/loss": 0.0})
+    assert [row["step"] for row in workdir.history()] == [*kept, step + 1]
+
+
+@pytest.mark.parametrize("rest", ['{"step": 40, "train/lo', '{"step": 40', "{", '{"'])
+def test_cut_drops_half_a_line(workdir, rest):
+    path = write_metrics(workdir)
+    whole = path.read_text()
+    path.write_text(whole + rest)
+    assert len(workdir.history()) == 4
+    workdir.cut(100)
+    assert path.read_text() == whole
+    workdir.log(101, {"train/loss": 0.0})
+    assert workdir.history()[-1] == {"step": 101, "train/loss": 0.0}
+
+
+def test_history_of_a_run_without_metrics(workdir):
+    assert workdir.history() == []
+    workdir.cut(5)
+    assert not (workdir.path / "metrics.jsonl").exists()
+
+
+def test_tensorboard_holds_the_points_and_hides_those_after_the_cut(workdir):
+    write_metrics(workdir)
+    workdir.cut(20)
+    workdir.log(21, {"train/loss": 0.25})
+    points, purges = [], []
+    for event in events(workdir):
+        if event.HasField("session_log"):
+            assert event.session_log.status == event_pb2.SessionLog.START
+            purges.append(event.step)
+        points += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+    assert purges == [1, 21]
+    assert points == [
+        *[
+            point
+            for step in (10, 20, 30)
+            for point in (
+                (step, "train/loss", pytest.approx(1.0 / step)),
+                (step, "epoch", step / 10),
+            )
+        ],
+        (20, "test/loss", 0.5),
+        (21, "train/loss", 0.25),
+    ]
