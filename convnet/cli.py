@@ -17,6 +17,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from convnet import config as config_lib
+from convnet import resolve
 from convnet.errors import ConvnetError, UsageError
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -117,9 +118,9 @@ def parse(
         if experiment:
             # config_flags keeps an experiment's OSError back until something is read.
             getattr(values.config, "seed", None)
-            config_lib.check_type(values.config, str(experiment))
+            resolve.check_type(values.config, str(experiment))
     except flags.UnrecognizedFlagError as error:
-        near = config_lib.nearest(error.flagname, list(values))
+        near = resolve.nearest(error.flagname, list(values))
         raise UsageError(
             f"unknown flag --{error.flagname} (command line){near}"
             " (--help lists all flags)"
@@ -160,7 +161,7 @@ def _config_first(argv: list[str]) -> tuple[list[str], Path | None]:
             path = match[1] if match[1] is not None else next(arguments, "")
         else:
             if match := re.match(r"--?(?:no)?config\.([^=]*)", argument):
-                config_lib.check_key(match[1], f"command line: {argument}")
+                resolve.check_key(match[1], f"command line: {argument}")
                 overrides.append(argument)
             rest.append(argument)
     if path is None and overrides:
@@ -179,7 +180,7 @@ def _find_experiment(path: str) -> Path:
         if (folder / path).is_file():
             return (folder / path).resolve()
     names = sorted(p.stem for p in (PROJECT / "experiments").glob("*.py"))
-    near = config_lib.nearest(Path(path).stem, names)
+    near = resolve.nearest(Path(path).stem, names)
     raise UsageError(
         f"--config={path}: no such file, neither in {Path.cwd()} nor in {PROJECT}{near}"
         f" (experiments: {', '.join(names)})"
@@ -207,7 +208,7 @@ def _in_experiment(error: BaseException, frame: traceback.FrameSummary) -> str:
     where = f"{frame.filename}:{frame.lineno}: {frame.line}"
     if unknown := re.search(r"Key \"(\w+)\" does not exist", text):
         key = _key_of(frame.line or "", unknown[1])
-        near = config_lib.nearest(key, tuple(config_lib.KEYS))
+        near = resolve.nearest(key, tuple(config_lib.KEYS))
         return f"unknown config key {key!r} ({where}){near}"
     return f"{where}: {type(error).__name__}: {text}"
 

@@ -7,18 +7,15 @@ Keys that do not change the result (how fast, how often, where) are left out of
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
 from convnet import models
-from convnet.errors import UsageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,155 +231,6 @@ def sha256(config: ml_collections.ConfigDict) -> str:
     return hashlib.sha256(
         json.dumps(result_keys(config), sort_keys=True).encode()
     ).hexdigest()
-
-
-def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """Returns `; did you mean 'x'?`, or an empty string where nothing is near."""
-    known = list(known)
-    leaf = {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
-    found = difflib.get_close_matches(name, known, 1, 0.6) or [
-        leaf[match]
-        for match in difflib.get_close_matches(
-            name.rsplit(".", 1)[-1], list(leaf), 1, 0.6
-        )
-    ]
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def check_key(name: str, where: str) -> None:
-    """Raises UsageError if `name` is no key, naming the nearest one and the place."""
-    if name not in KEYS:
-        raise UsageError(
-            f"unknown config key {name!r} ({where}){nearest(name, tuple(KEYS))}"
-            " (--help lists all keys)"
-        )
-
-
-def check_type(config: Any, where: str) -> ml_collections.ConfigDict:
-    """Returns `config` if get_config() of `where` returned one made by `default()`.
-
-    Raises:
-      UsageError: it returned something else, or has more keys or fewer.
-    """
-    if not isinstance(config, ml_collections.ConfigDict):
-        raise UsageError(
-            f"get_config() of {where} returned {type(config).__name__}; want the"
-            " convnet.config.default() that it changed"
-        )
-    names = set(_names(config))
-    for name in sorted(names - set(KEYS)):
-        check_key(name, f"get_config() of {where}")
-    if missing := [name for name in KEYS if name not in names]:
-        raise UsageError(
-            f"get_config() of {where} returned a config without {missing[0]!r}; want"
-            " the convnet.config.default() that it changed"
-        )
-    return config
-
-
-def _names(node: ml_collections.ConfigDict, prefix: str = "") -> Iterator[str]:
-    for name in node:
-        if isinstance(node[name], ml_collections.ConfigDict):
-            yield from _names(node[name], f"{prefix}{name}.")
-        else:
-            yield prefix + name
-
-
-def validate(config: ml_collections.ConfigDict) -> None:
-    """Checks every value and what must go together.
-
-    Raises:
-      UsageError: names the key, its value and what is allowed.
-    """
-    values = flatten(config)
-    for name, value in values.items():
-        _check_value(name, value, KEYS[name])
-    if values["train.steps"] == 0 and values["train.epochs"] <= 0:
-        raise UsageError("train.epochs and train.steps are both 0: set one of them")
-    crop = values["augment.resized_crop"]
-    if crop and (len(crop) != 2 or not 0 < crop[0] <= crop[1] <= 1):
-        raise UsageError(
-            f"augment.resized_crop is {crop}: want () or (smallest, largest) with"
-            " 0 < smallest <= largest <= 1"
-        )
-    if values["data.batch_size"] % values["optimizer.accumulate"]:
-        raise UsageError(
-            f"optimizer.accumulate is {values['optimizer.accumulate']}, which does not"
-            f" divide data.batch_size = {values['data.batch_size']}"
-        )
-    if values["task.positive"] and values["task.name"] != "binary":
-        raise UsageError(
-            f"task.positive is {values['task.positive']!r}, but only task.name ="
-            f" 'binary' reads it, and it is {values['task.name']!r}"
-        )
-    model_options(config)
-
-
-def _check_value(name: str, value: Any, key: Key) -> None:
-    if value is None:
-        return
-    if key.choices and value not in key.choices:
-        raise UsageError(
-            f"{name} is {value!r}: want one of {', '.join(key.choices)}"
-            f"{nearest(str(value), key.choices)}"
-        )
-    numbers = value if isinstance(value, tuple) else (value,)
-    for number in numbers:
-        if isinstance(number, str):
-            if isinstance(value, tuple):
-                raise UsageError(f"{name} is {value!r}: want numbers")
-        elif not key.low <= number <= key.high:
-            raise UsageError(
-                f"{name} is {value!r}: want a number from {key.low:g} to {key.high:g}"
-            )
-
-
-def model_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns all options of the model that config.model names, set or its own.
-
-    Raises:
-      UsageError: a key is set which this model does not read.
-    """
-    name = config.model.name
-    options = dict(models.options(name))
-    for key, value in config.model.items():
-        if key in ("name", "dtype") or value is None:
-            continue
-        if key not in options:
-            readers = [n for n in models.NAMES if key in models.options(n)]
-            raise UsageError(
-                f"model.{key} is {value!r}, but {name} does not read it"
-                f" (read by {', '.join(readers)})"
-            )
-        options[key] = value
-    return options
-
-
-def resolve(
-    config: ml_collections.ConfigDict,
-    measure: Callable[[], tuple[tuple[float, ...], tuple[float, ...]]],
-) -> None:
-    """Fills in what was left open: the model's own options, the data's mean and std.
-
-    Args:
-      config: changed in place.
-      measure: returns mean and std of the data; called only where one is needed.
-    """
-    for key, value in model_options(config).items():
-        config.model[key] = value
-    if not (config.data.mean and config.data.std):
-        mean, std = measure()
-        config.data.mean = config.data.mean or mean
-        config.data.std = config.data.std or std
-
-
-def total_steps(config: ml_collections.ConfigDict, examples: int) -> int:
-    """Returns the steps of the run: train.steps, or train.epochs rounded up."""
-    if config.train.steps:
-        return config.train.steps
-    steps = config.train.epochs * examples / config.data.batch_size
-    # Rounded first: 1.1 epochs of 50,000 in batches of 500 come to 110.00000000000001.
-    return max(1, math.ceil(round(steps, 6)))
 
 
 def describe() -> str:

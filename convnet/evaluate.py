@@ -13,8 +13,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from convnet import cli, mesh
-from convnet import config as config_lib
+from convnet import cli, mesh, resolve
 from convnet import metrics as metrics_lib
 from convnet.data import pipeline
 from convnet.data.source import Source
@@ -141,7 +140,7 @@ def main(values: flags.FlagValues) -> None:
     """
     if values.model is None or values.config is None:
         raise UsageError("--model and --config are needed (--help shows the usage)")
-    config = config_lib.check_type(values.config, "--config")
+    config = resolve.check_type(values.config, "--config")
     mesh.start(config.compilation_cache)
     # After `start`, because these bring JAX up.
     from convnet import bundle as bundle_lib

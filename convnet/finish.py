@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from convnet import bundle, evaluate, preview, report
+from convnet import bundle, evaluate, preview, report, resolve
 from convnet import checkpoint as checkpoint_lib
 from convnet import config as config_lib
 from convnet import mesh as mesh_lib
@@ -76,7 +76,7 @@ def _bundle(it: Run, result: dict[str, Any]) -> bundle.Bundle:
         architecture={
             "name": config.model.name,
             "num_outputs": task.num_outputs,
-            "options": config_lib.model_options(config),
+            "options": resolve.model_options(config),
         },
         task={"name": task.name, "positive": getattr(task, "positive", None)},
         classes=it.dataset.classes,

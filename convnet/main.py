@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 
-from convnet import cli, config, mesh
+from convnet import cli, mesh, resolve
 from convnet.errors import UsageError
 
 
@@ -45,7 +45,7 @@ def main(values: flags.FlagValues) -> None:
         )
     experiment = Path(values["config"].config_filename).stem
     workdir = Path(values.workdir or f"runs/{experiment}")
-    settings = config.check_type(values.config, experiment)
+    settings = resolve.check_type(values.config, experiment)
     mesh.start(settings.compilation_cache)
     # After `start`, because this is what brings JAX up.
     from convnet import prepare, preview, train

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from convnet import config as config_lib
 from convnet import mesh as mesh_lib
-from convnet import models, optim
+from convnet import models, optim, resolve
 from convnet import step as step_lib
 from convnet import task as task_lib
 from convnet.data import pipeline
@@ -87,11 +87,11 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
       UsageError: a value is wrong, or values do not go together.
       ConvnetError: the data cannot be used.
     """
-    config_lib.validate(config)
+    resolve.validate(config)
     mesh = mesh_lib.make(config.data.batch_size)
     dataset = source_lib.load(config.data, config.seed)
     changed = config_lib.changed(config)
-    config_lib.resolve(config, functools.partial(pipeline.measure, dataset.train))
+    resolve.resolve(config, functools.partial(pipeline.measure, dataset.train))
     example = pipeline.first(dataset.train)["input"][None]
     for name in ("mean", "std"):
         if len(config.data[name]) not in (1, example.shape[-1]):
@@ -104,9 +104,9 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
         config.model.name,
         num_outputs=task.num_outputs,
         dtype=config.model.dtype,
-        **config_lib.model_options(config),
+        **resolve.model_options(config),
     )
-    total_steps = config_lib.total_steps(config, len(dataset.train))
+    total_steps = resolve.total_steps(config, len(dataset.train))
     try:
         optimizer, schedule = optim.create(
             config.optimizer, config.schedule, total_steps

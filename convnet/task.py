@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from convnet import config as config_lib
-from convnet import losses
+from convnet import losses, resolve
 from convnet.data import pipeline
 from convnet.data.source import Dataset
 from convnet.errors import ConvnetError, UsageError
@@ -153,7 +152,7 @@ def create(config: ml_collections.ConfigDict, dataset: Dataset) -> Task:
     if settings.name == "binary":
         count = 2
         if settings.positive not in classes:
-            near = config_lib.nearest(settings.positive, classes)
+            near = resolve.nearest(settings.positive, classes)
             raise UsageError(
                 f"task.positive is {settings.positive!r}: want one of"
                 f" {', '.join(classes)}{near}"

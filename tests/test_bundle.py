@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from convnet import bundle as bundle_lib
 from convnet import config as config_lib
-from convnet import models
+from convnet import models, resolve
 from convnet.errors import ConvnetError, UsageError
 
 OPTIONS = {"widths": (4,), "depth": 1, "norm": "batch", "gather": "global"}
@@ -139,7 +139,7 @@ def test_configure_sets_what_is_the_models_to_say(bundle, path):
     assert config.model.widths == (4,)
     assert config.data.image_size == 6
     assert config.data.std == (0.25,)
-    config_lib.validate(config)
+    resolve.validate(config)
 
 
 def test_metadata_is_plain_json_with_the_labels(path):

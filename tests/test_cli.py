@@ -8,7 +8,7 @@ import sys
 import pytest
 from absl import flags, logging
 
-from convnet import cli, main
+from convnet import cli, main, resolve
 from convnet import config as config_lib
 from convnet.errors import ConvnetError, UsageError
 
@@ -97,7 +97,7 @@ def test_values(experiment, argument, name, want):
     config = parse(f"--config={experiment()}", f"--config.{argument}").config
     assert config_lib.flatten(config)[name] == want
     assert type(config_lib.flatten(config)[name]) is type(want)
-    config_lib.validate(config)
+    resolve.validate(config)
 
 
 def test_nokey_switches_off(experiment):

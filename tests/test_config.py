@@ -11,7 +11,7 @@ import ml_collections
 import pytest
 
 from convnet import config as config_lib
-from convnet import models
+from convnet import models, resolve
 from convnet.errors import UsageError
 
 PACKAGE = Path(config_lib.__file__).parent
@@ -153,7 +153,7 @@ def test_default_holds_every_key_and_is_locked():
     for name, key in config_lib.KEYS.items():
         assert values[name] == (None if isinstance(key.default, type) else key.default)
     assert config_lib.changed(config) == {}
-    config_lib.validate(config)
+    resolve.validate(config)
     for node in (config, config.data, config.model):
         with pytest.raises(AttributeError, match="locked"):
             node.shuffle = 1
@@ -176,17 +176,17 @@ def test_two_defaults_share_nothing():
 )
 def test_an_unknown_key_is_refused_with_the_nearest(name, nearest):
     with pytest.raises(UsageError) as error:
-        config_lib.check_key(name, "line 7")
+        resolve.check_key(name, "line 7")
     assert f"unknown config key {name!r} (line 7)" in str(error.value)
     assert f"did you mean {nearest!r}?" in str(error.value)
 
 
 def test_an_unknown_key_without_a_near_one_suggests_nothing():
     with pytest.raises(UsageError) as error:
-        config_lib.check_key("zzzzqqq", "x")
+        resolve.check_key("zzzzqqq", "x")
     assert "did you mean" not in str(error.value)
     for name in config_lib.KEYS:
-        config_lib.check_key(name, "x")
+        resolve.check_key(name, "x")
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_choices(name):
     config = config_lib.default()
     set_key(config, name, value)
     with pytest.raises(UsageError) as error:
-        config_lib.validate(config)
+        resolve.validate(config)
     assert f"{name} is {value!r}" in str(error.value)
     assert all(choice in str(error.value) for choice in key.choices)
     assert f"did you mean {key.choices[-1]!r}?" in str(error.value)
@@ -246,12 +246,12 @@ def test_ranges(name, good, bad):
     for value in good:
         config = config_lib.default()
         set_key(config, name, value)
-        config_lib.validate(config)
+        resolve.validate(config)
     for value in bad:
         config = config_lib.default()
         set_key(config, name, value)
         with pytest.raises(UsageError) as error:
-            config_lib.validate(config)
+            resolve.validate(config)
         assert f"{name} is {value!r}" in str(error.value)
 
 
@@ -271,12 +271,12 @@ def test_ranges(name, good, bad):
 )
 def test_values_that_do_not_go_together(changes, named):
     with pytest.raises(UsageError) as error:
-        config_lib.validate(config_with(**changes))
+        resolve.validate(config_with(**changes))
     assert all(part in str(error.value) for part in named)
 
 
 def test_values_that_do_go_together():
-    config_lib.validate(
+    resolve.validate(
         config_with(
             train__epochs=0.0,
             train__steps=5,
@@ -299,7 +299,7 @@ def test_values_that_do_go_together():
 )
 def test_a_model_key_that_the_model_does_not_read(model, key, value, reader, no_reader):
     config = config_with(model__name=model, **{f"model__{key}": value})
-    for check in (config_lib.validate, config_lib.model_options):
+    for check in (resolve.validate, resolve.model_options):
         with pytest.raises(UsageError) as error:
             check(config)
         message = str(error.value)
@@ -314,8 +314,8 @@ def test_every_option_that_a_model_reads_can_be_set(model):
     config = config_with(model__name=model)
     for option, value in models.options(model).items():
         config.model[option] = value
-    config_lib.validate(config)
-    assert config_lib.model_options(config) == models.options(model)
+    resolve.validate(config)
+    assert resolve.model_options(config) == models.options(model)
 
 
 # Experiments that return something else.
@@ -324,23 +324,23 @@ def test_every_option_that_a_model_reads_can_be_set(model):
 @pytest.mark.parametrize("returned", [None, {"seed": 1}, 3])
 def test_get_config_that_returns_no_config(returned):
     with pytest.raises(UsageError, match="experiments/mine.py returned"):
-        config_lib.check_type(returned, "experiments/mine.py")
+        resolve.check_type(returned, "experiments/mine.py")
 
 
 def test_get_config_that_returns_another_config():
     good = config_lib.default()
-    assert config_lib.check_type(good, "mine") is good
+    assert resolve.check_type(good, "mine") is good
     with pytest.raises(UsageError, match="'seed'"):
-        config_lib.check_type(ml_collections.ConfigDict(), "mine")
+        resolve.check_type(ml_collections.ConfigDict(), "mine")
     with good.unlocked():
         good.data.batchsize = 3
     with pytest.raises(UsageError, match=r"'data.batchsize' .*mine.*data.batch_size"):
-        config_lib.check_type(good, "mine")
+        resolve.check_type(good, "mine")
     lacking = config_lib.default()
     with lacking.unlocked():
         del lacking.optimizer.lr
     with pytest.raises(UsageError, match="mine.*'optimizer.lr'"):
-        config_lib.check_type(lacking, "mine")
+        resolve.check_type(lacking, "mine")
 
 
 # The hash.
@@ -394,26 +394,26 @@ def measured(counter):
 def test_resolve_fills_in_mean_and_std(mean, std, want_mean, want_std, calls):
     config = config_with(data__mean=mean, data__std=std)
     counter = itertools.count()
-    config_lib.resolve(config, lambda: measured(counter))
+    resolve.resolve(config, lambda: measured(counter))
     assert config.data.mean == want_mean and config.data.std == want_std
     assert next(counter) == calls
 
 
 def test_resolve_fills_in_the_options_that_the_model_reads():
     config = config_with(model__name="cnn", model__depth=5)
-    config_lib.resolve(config, lambda: ((0.0,), (1.0,)))
+    resolve.resolve(config, lambda: ((0.0,), (1.0,)))
     options = models.options("cnn")
     for name in options:
         assert config.model[name] == (5 if name == "depth" else options[name])
     unread_by_cnn = {"stem", "width", "bn_momentum"} - set(options)
     assert unread_by_cnn and all(config.model[n] is None for n in unread_by_cnn)
-    config_lib.validate(config)
+    resolve.validate(config)
 
 
 def test_an_option_spelled_out_is_the_same_config_as_one_left_open():
     configs = config_with(), config_with(model__depth=models.options("cnn")["depth"])
     for config in configs:
-        config_lib.resolve(config, lambda: ((0.0,), (1.0,)))
+        resolve.resolve(config, lambda: ((0.0,), (1.0,)))
     assert len({config_lib.sha256(config) for config in configs}) == 1
 
 
@@ -433,7 +433,7 @@ def test_total_steps(epochs, steps, examples, batch, want):
     config = config_with(
         train__epochs=epochs, train__steps=steps, data__batch_size=batch
     )
-    assert config_lib.total_steps(config, examples) == want
+    assert resolve.total_steps(config, examples) == want
 
 
 def test_describe_lists_every_key_with_default_and_meaning():

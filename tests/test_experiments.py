@@ -17,7 +17,7 @@ from array_record.python import array_record_module
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from convnet import cli, main, models, train
+from convnet import cli, main, models, resolve, train
 from convnet import config as config_lib
 
 EXPERIMENTS = sorted((Path(main.__file__).parent.parent / "experiments").glob("*.py"))
@@ -195,7 +195,7 @@ def test_experiment_says_what_differs_from_the_defaults(path):
     found = assigned(path)
     assert len(found) >= 5
     config, start = get_config(path), config_lib.flatten(config_lib.default())
-    config_lib.validate(config)
+    resolve.validate(config)
     # A name may be repeated: it says which kind the keys below it belong to.
     idle = [k for k, v in found.items() if v == start[k] and not k.endswith(".name")]
     assert not idle, "these are the defaults"
@@ -212,7 +212,7 @@ def test_commands_in_the_header_parse(path):
     for line in re.findall(rf"^\s*(?:\$ )?{programs}( .*)$", text, re.MULTILINE):
         values = cli.parse(["main", *shlex.split(line)], main.define, "")
         assert Path(values["config"].config_filename) == path
-        config_lib.validate(values.config)
+        resolve.validate(values.config)
 
 
 def waves(rng, count):

@@ -1,6 +1,6 @@
 """Which examples make up a step, and that both paths give the devices the same ones.
 
-Grain's workers import this file: what takes long to import is imported where it is used.
+Grain's workers import this file: slow imports stand where they are used.
 """
 
 import itertools
