@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
-from convnet import evaluate
+from convnet import checkpoint, evaluate
 from convnet import mesh as mesh_lib
 from convnet import step as step_lib
 from convnet.checkpoint import Checkpoints
@@ -104,6 +105,8 @@ class Loop:
             or self._done % self._config.train.log_every == 0
         ):
             self._flush()
+        if evaluates or saves or interrupted:
+            self._check_state()
         score = self._evaluate() if evaluates and not interrupted else None
         if saves or interrupted:
             self._save(score)
@@ -141,10 +144,11 @@ class Loop:
         self._clock = now
         if not rows:
             return
-        first = self._done - len(rows)
+        first = self._done - len(rows) + 1
         for place, row in enumerate(rows):
             if not math.isfinite(row["objective"]):
-                raise self._not_finite(first + place, row["objective"])
+                what = f"the loss is {row['objective']}"
+                raise self._not_finite(what, first + place)
         count = sum(float(row["count"]) for row in rows)
         seconds = max(it.train_seconds - self._logged_seconds, 1e-9)
         images = len(rows) * self._config.data.batch_size
@@ -166,12 +170,22 @@ class Loop:
         left = (it.total_steps - self._done) * seconds / len(rows)
         self._progress.log(self._done, values, left)
 
-    def _not_finite(self, step: int, value: float) -> ConvnetError:
+    def _check_state(self) -> None:
+        """Raises ConvnetError if the state holds NaN or infinity.
+
+        A finite loss can have a gradient that is not: the next loss would tell, after
+        the state has been saved.
+        """
+        for name, leaf in checkpoint.flat(jax.device_get(self._it.state)).items():
+            if not np.isfinite(leaf).all():
+                raise self._not_finite(f"{name} is not finite", self._done)
+
+    def _not_finite(self, what: str, step: int) -> ConvnetError:
         self._checkpoints.wait()
         saved = self._checkpoints.steps()
         last = f"of step {saved[-1]}" if saved else "none"
         return ConvnetError(
-            f"the loss is {value} at step {step}; the last good checkpoint: {last}\n"
+            f"{what} at step {step}; the last good checkpoint: {last}\n"
             f"likely causes: optimizer.lr = {self._config.optimizer.lr:g} is too high"
             " (lower it, or set schedule.warmup or optimizer.clip_norm); inputs or"
             " labels out of range; model.dtype = bfloat16 where float32 is needed"

@@ -10,7 +10,6 @@ def get_config():
     config = config_lib.default()
     config.data.name = "folder"
     config.data.image_size = 96
-    config.data.resize = "crop"
     config.data.batch_size = 64
     config.augment.flip = "random"
     config.augment.resized_crop = (0.3, 1.0)

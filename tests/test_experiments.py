@@ -1,6 +1,7 @@
 """Every shipped experiment, shrunk, end to end; small problems that it must learn."""
 
 import ast
+import importlib
 import importlib.util
 import io
 import json
@@ -19,6 +20,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from convnet import cli, main, models, resolve, train
 from convnet import config as config_lib
+from convnet.errors import ConvnetError
 
 EXPERIMENTS = sorted((Path(main.__file__).parent.parent / "experiments").glob("*.py"))
 TRAIN, TEST = 40, 16  # examples, of each dataset below
@@ -148,8 +150,20 @@ def kernels(workdir, step):
     return {k: np.asarray(v) for k, v in state.items() if pattern.fullmatch(k)}
 
 
+@pytest.fixture
+def shallow(monkeypatch):
+    """Deep networks with one block or convolution a stage, for they compile slowly."""
+    # By import_module, since convnet.models has a function of the same name.
+    stages = importlib.import_module("convnet.models.resnet").STAGES
+    depths = importlib.import_module("convnet.models.vgg").DEPTHS
+    for name, (blocks, bottleneck) in stages.items():
+        monkeypatch.setitem(stages, name, ((1,) * len(blocks), bottleneck))
+    for name, depth in depths.items():
+        monkeypatch.setitem(depths, name, (1,) * len(depth))
+
+
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
-def test_experiment_trains(path, data, tmp_path):
+def test_experiment_trains(path, data, shallow, tmp_path):
     config = shrink(get_config(path))
     folder, classes = DATA[path.stem]
     if folder:
@@ -209,7 +223,9 @@ def test_commands_in_the_header_parse(path):
     header = ast.get_docstring(ast.parse(path.read_text()))
     text = header.replace("\\\n", " ")
     programs = r"(?:python -m convnet\.main|launch/local\.sh)"
-    for line in re.findall(rf"^\s*(?:\$ )?{programs}( .*)$", text, re.MULTILINE):
+    lines = re.findall(rf"^\s*(?:\$ )?{programs}( .*)$", text, re.MULTILINE)
+    assert lines, "no command"
+    for line in lines:
         values = cli.parse(["main", *shlex.split(line)], main.define, "")
         assert Path(values["config"].config_filename) == path
         resolve.validate(values.config)
@@ -282,3 +298,14 @@ def test_learns_a_number_from_volumes(tmp_path):
     arrays = {"x_train": x, "y_train": y, "x_test": x_test, "y_test": y_test}
     keys = {"task.name": "regression", "model.widths": (8,)}
     assert learn(tmp_path, arrays, **keys)["test/loss"] < 0.5 * np.var(y_test)
+
+
+def test_weights_that_overflow_are_neither_saved_nor_a_result(tmp_path):
+    # One step: its loss is finite, and no later one shows what it left behind.
+    arrays = {"x_train": np.ones((8, 4, 1), "f"), "x_test": np.ones((8, 4, 1), "f")}
+    arrays |= {"y_train": np.arange(8) % 2, "y_test": np.arange(8) % 2}
+    keys = {"data.batch_size": 8, "model.widths": (2,), "train.steps": 1}
+    with pytest.raises(ConvnetError, match="not finite at step 1; .*checkpoint: none"):
+        learn(tmp_path, arrays, **keys, **{"optimizer.lr": 1e39})
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+    assert not (tmp_path / "run/result.json").exists()

@@ -66,15 +66,19 @@ def numpy_gradients(x, kernel, gradient, stride, pad):
     return by_padded[:, pad : pad + side, pad : pad + side], by_kernel
 
 
-def with_gradients(function, case, x, kernel, gradient):
+def with_gradients(functions, case, x, kernel, gradient):
+    """Values and both gradients of each function."""
     stride, pad = case[5:]
     window = ((stride,) * 2, ((pad, pad),) * 2)
 
     # Compiled fast rather than well.
     @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     def run(x, kernel, gradient):
-        out, vjp = jax.vjp(lambda x, k: function(x, k, *window), x, kernel)
-        return out, *vjp(gradient)
+        found = []
+        for function in functions:
+            out, vjp = jax.vjp(lambda x, k, f=function: f(x, k, *window), x, kernel)
+            found.append((out, *vjp(gradient)))
+        return found
 
     return run(x, kernel, gradient)
 
@@ -89,8 +93,8 @@ def with_gradients(function, case, x, kernel, gradient):
 )
 def test_values_and_gradients(case, dtype):
     x, kernel, gradient = draw(case, DTYPES[dtype])
-    ours = with_gradients(lowering._chunked, case, x, kernel, gradient)
-    plain = with_gradients(lowering._plain, case, x, kernel, gradient)
+    both = (lowering._chunked, lowering._plain)
+    ours, plain = with_gradients(both, case, x, kernel, gradient)
     wide = [array.astype(np.float64) for array in (x, kernel, gradient)]
     want = [scipy_convolution(*wide[:2], *case[5:]), *numpy_gradients(*wide, *case[5:])]
     # The sums have up to a few hundred terms of size 1.
@@ -180,8 +184,10 @@ def test_parts_are_summed_in_float32():
     # Parts of 32 examples: 1024, and four times 4. In bfloat16, 1024 + 4 is 1024.
     assert ml_dtypes.bfloat16(1024) + ml_dtypes.bfloat16(4) == 1024
     case = (160, 2, 1, 1, 1, 1, 0)
-    out = with_gradients(lowering._chunked, case, x, kernel, np.ones_like(x))
-    assert np.asarray(out[2]).item() == 1024 + 4 * 4
+    ((_, _, total),) = with_gradients(
+        [lowering._chunked], case, x, kernel, np.ones_like(x)
+    )
+    assert np.asarray(total).item() == 1024 + 4 * 4
 
 
 def test_only_a_cpu_from_jax_0_12_on_takes_the_chunked_form(monkeypatch):

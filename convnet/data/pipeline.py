@@ -188,7 +188,13 @@ def _read_all(source: Source, bad: BadInputs) -> HostBatch:
     # Threads, because decoders release the interpreter's lock.
     with (
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(source), desc="reading", unit=" examples", delay=2) as bar,
+        tqdm(
+            total=len(source),
+            desc="reading",
+            unit=" examples",
+            delay=2,
+            disable=None,  # where there is no terminal
+        ) as bar,
     ):
         for index, (chunk, found) in zip(chunks, pool.map(load, chunks), strict=True):
             bad.add(found)
