@@ -25,6 +25,7 @@ from convnet.errors import ConvnetError
 EXPERIMENTS = sorted((Path(main.__file__).parent.parent / "experiments").glob("*.py"))
 TRAIN, TEST = 40, 16  # examples, of each dataset below
 STEPS, BATCH = 3, 8
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 _CONNECTOR = "tensorflow_datasets.core.features."
 
 # What each experiment reads: folder of the data, if it needs one, and its classes.
@@ -191,7 +192,8 @@ def test_experiment_trains(path, data, shallow, tmp_path):
     one = config.task.name in ("regression", "binary")
     assert about["architecture"]["num_outputs"] == (1 if one else len(classes))
     page = (tmp_path / "run/report.html").read_text()
-    assert all(name in page for name in classes)
+    # Of many classes it shows the worst.
+    assert sum(name in page for name in classes) >= min(len(classes), 10)
 
 
 def assigned(path):

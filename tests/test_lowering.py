@@ -22,6 +22,11 @@ CASES = [
     (35, 5, 2, 2, 1, 2, 0),
     (17, 7, 2, 2, 5, 1, 1),
     (34, 7, 1, 2, 5, 2, 0),
+    # Maps that are smaller than the kernel.
+    (3, 2, 2, 3, 3, 1, 1),
+    (33, 1, 2, 3, 3, 1, 1),
+    (3, 2, 3, 2, 5, 1, 2),
+    (3, 2, 2, 2, 3, 2, 1),
 ]
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
@@ -93,13 +98,15 @@ def with_gradients(functions, case, x, kernel, gradient):
 )
 def test_values_and_gradients(case, dtype):
     x, kernel, gradient = draw(case, DTYPES[dtype])
-    both = (lowering._chunked, lowering._plain)
-    ours, plain = with_gradients(both, case, x, kernel, gradient)
+    forms = (lowering._chunked, lowering._small, lowering._plain)
+    *ours, plain = with_gradients(forms, case, x, kernel, gradient)
     wide = [array.astype(np.float64) for array in (x, kernel, gradient)]
     want = [scipy_convolution(*wide[:2], *case[5:]), *numpy_gradients(*wide, *case[5:])]
     # The sums have up to a few hundred terms of size 1.
     tolerance = 3e-5 if dtype == "float32" else 2e-2
-    for mine, xla, exact in zip(ours, plain, want, strict=True):
+    for mine, xla, exact in zip(
+        [*ours[0], *ours[1]], [*plain, *plain], [*want, *want], strict=True
+    ):
         assert mine.dtype == xla.dtype == DTYPES[dtype] and mine.shape == exact.shape
         mine, xla = (np.asarray(array, np.float64) for array in (mine, xla))
         np.testing.assert_allclose(mine, exact, rtol=tolerance, atol=tolerance * 5)
@@ -191,6 +198,7 @@ def test_parts_are_summed_in_float32():
 
 
 def test_only_a_cpu_from_jax_0_12_on_takes_the_chunked_form(monkeypatch):
+    monkeypatch.setattr(lowering, "_LARGE", 16)  # the maps below have 16 places
     count = functools.partial(traced, lowering.convolve2d, 37, jnp.dtype("float32"))
     for backend, version, parts in (
         ("cpu", (0, 12, 0), 3),
@@ -202,3 +210,25 @@ def test_only_a_cpu_from_jax_0_12_on_takes_the_chunked_form(monkeypatch):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         monkeypatch.setattr(jax, "__version_info__", version)
         assert len(count()) == parts, (backend, version)
+
+
+def test_only_large_maps_are_split(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    for large, parts in ((16, 3), (17, 1)):
+        monkeypatch.setattr(lowering, "_LARGE", large)
+        found = traced(lowering.convolve2d, 37, jnp.dtype("float32"))
+        assert len(found) == parts
+
+
+def test_no_small_map_meets_a_larger_kernel(monkeypatch):
+    """oneDNN would take its reference code, 50 times slower."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    x = jax.ShapeDtypeStruct((4, 2, 1, 2), jnp.float32)
+    kernel = jax.ShapeDtypeStruct((3, 3, 2, 5), jnp.float32)
+    window = (1, 1), ((1, 1), (1, 1))
+    program = jax.make_jaxpr(lambda x, k: lowering.convolve2d(x, k, *window))(x, kernel)
+    (found,) = convolutions(program.jaxpr)
+    assert found.invars[0].aval.shape == (4, 3, 3, 2)
+    assert program.out_avals[0].shape == (4, 2, 1, 5)

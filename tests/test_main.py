@@ -27,6 +27,7 @@ from tensorboardX.proto import event_pb2
 
 PROJECT = Path(__file__).resolve().parent.parent
 STEPS = 120
+pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
 TIMEOUT = 300  # seconds; a run takes a few, but a machine may be busy
 
 # Train: 100 pictures, one of them broken; test: 40, one of them broken.
