@@ -1,6 +1,12 @@
 """Cats against dogs, from scratch: a folder of 2,000 photographs.
 
-HEADER
+    python -m convnet.main --config=experiments/cats_vs_dogs.py --config.data.dir=DIR
+
+DIR holds train and test, each with cats and dogs: 2,000 and 1,000 photographs of the
+Asirra set. 2 CPU cores, Python 3.13: 89.4 % of the test images (95 % interval 87.3 to
+91.2) after 80 epochs, 34 minutes at 78 images/s on a busy machine; 141 images/s, 19
+minutes, were measured for its step on a quiet one. Textbooks' small networks get 82 to
+83 % with augmentation.
 """
 
 from convnet import config as config_lib

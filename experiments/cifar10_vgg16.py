@@ -1,6 +1,8 @@
 """CIFAR-10 with VGG-16 and batch normalisation (Simonyan and Zisserman 2014).
 
-HEADER
+    python -m convnet.main --config=experiments/cifar10_vgg16.py
+
+VGG
 """
 
 from convnet import config as config_lib

@@ -2,7 +2,11 @@
 
 Convolutions over time, latitude and longitude, wrapped around at the edges.
 
-HEADER
+    python -m convnet.main --config=experiments/weather.py
+
+2 CPU cores, Python 3.13: a squared error of 0.060 on the test maps after 6 epochs, 80 s
+and 2 s of compilation; persistence (the next map is the last one) has 0.425, 7.1 times
+as much. The data are generated: four maps in, the fifth is to be forecast.
 """
 
 from convnet import config as config_lib
