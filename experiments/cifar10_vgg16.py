@@ -2,7 +2,9 @@
 
     python -m convnet.main --config=experiments/cifar10_vgg16.py
 
-VGG
+2 CPU cores, Python 3.13, the images as JPEG, --config.train.steps=196 (half an epoch):
+50.5 % of the test images after 5.9 minutes and 8 s of compilation, 70 images/s. The 40
+epochs are meant for a GPU and have not been measured.
 """
 
 from convnet import config as config_lib
