@@ -139,6 +139,10 @@ def load(path: Path) -> Bundle:
 def configure(config: ml_collections.ConfigDict, bundle: Bundle) -> None:
     """Sets the keys that are the model's to say: architecture, input, task."""
     about = bundle.preprocessing
+    for key in config.model:
+        if key not in ("name", "dtype"):
+            config.model[key] = None
+    config.task.positive, config.task.class_weights = "", ()
     config.model.name = bundle.architecture["name"]
     for name, value in bundle.architecture["options"].items():
         config.model[name] = tuple(value) if isinstance(value, list) else value
@@ -146,7 +150,7 @@ def configure(config: ml_collections.ConfigDict, bundle: Bundle) -> None:
     config.data.std = tuple(about["std"])
     config.data.resize = about["resize"]
     h, w = (*about["input_shape"], 0)[:2]
-    if len(about["input_shape"]) == 3 and h == w and config.data.image_size:
+    if len(about["input_shape"]) == 3 and h == w and about["input_dtype"] == "uint8":
         config.data.image_size = h
     config.task.name = bundle.task["name"]
     if bundle.task["positive"] is not None:

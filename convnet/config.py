@@ -36,7 +36,9 @@ class Key:
 
 
 KEYS: dict[str, Key] = {
-    "seed": Key(0, "seed of the order, the augmentation, the dropout and the weights"),
+    "seed": Key(
+        0, "of the order, the augmentation, the dropout and the weights", high=2**32 - 1
+    ),
     "data.name": Key(
         "digits",
         "digits, folder, arrays, cylinder_bell_funnel, advection_diffusion, or the name"
@@ -58,7 +60,7 @@ KEYS: dict[str, Key] = {
         " input (images: 0 to 1); (): measured on the training split",
         low=-math.inf,
     ),
-    "data.std": Key((), "standard deviation that divides the input; (): measured"),
+    "data.std": Key((), "standard deviation that divides it; (): measured", low=1e-9),
     "data.test_fraction": Key(
         0.2, "share for testing, of a folder that has no train and test", high=0.9
     ),
@@ -126,7 +128,7 @@ KEYS: dict[str, Key] = {
         choices=("cifar", "imagenet"),
     ),
     "model.bn_momentum": Key(
-        float, "share of the old value in BatchNorm's running statistics", high=1
+        float, "share of the old value in BatchNorm's running statistics", high=0.9999
     ),
     "task.name": Key(
         "classification",
@@ -134,7 +136,9 @@ KEYS: dict[str, Key] = {
         choices=("classification", "binary", "regression"),
     ),
     "task.label_smoothing": Key(0.0, "share of the target spread evenly", high=0.99),
-    "task.class_weights": Key((), "weight of each class in the loss; (): equal"),
+    "task.class_weights": Key(
+        (), "weight of each class in the loss; binary with k > 2: (others, positive)"
+    ),
     "task.positive": Key("", "binary: the class whose probability is learnt"),
     "optimizer.name": Key(
         "sgd", "the optimizer", choices=("sgd", "adamw", "lamb", "muon")
@@ -154,7 +158,7 @@ KEYS: dict[str, Key] = {
         "learning rate over the run",
         choices=("constant", "cosine", "one_cycle", "step"),
     ),
-    "schedule.warmup": Key(0.0, "share of the steps that warm up linearly", high=1),
+    "schedule.warmup": Key(0.0, "share of the steps that warm up linearly", high=0.99),
     "schedule.steps": Key(
         (), "step: shares of the run at which the rate drops", high=1
     ),
@@ -169,7 +173,9 @@ KEYS: dict[str, Key] = {
         1.0, "epochs between two evaluations; 0: only at the end", result=False
     ),
     "checkpoint.every_steps": Key(
-        0, "steps between two checkpoints; 0: at each evaluation", result=False
+        0,
+        "steps between checkpoints, besides those of evaluations",
+        result=False,
     ),
     "checkpoint.keep": Key(
         2, "newest checkpoints kept, besides the best", False, low=1

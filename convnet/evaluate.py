@@ -34,11 +34,13 @@ def predict_split(
       the n readable examples, in the order of the data.
     """
     order = pipeline.EvalOrder(split.examples, batch_size)
-    outputs = []
+    outputs: list[dict[str, jax.Array]] = []
     for batch in split.batches(order, 0, len(order)):
         outputs.append(
             {"index": batch["index"], **predict(variables, split.data, batch)}
         )
+        if len(outputs) > 8:  # Batches under way take memory.
+            jax.block_until_ready(outputs[-8])
     host = jax.device_get(outputs)
     joined = {name: np.concatenate([o[name] for o in host]) for name in host[0]}
     keep = joined.pop("weight") > 0
@@ -147,9 +149,18 @@ def main(values: flags.FlagValues) -> None:
     from convnet import finish, prepare, report
     from convnet.workdir import Workdir
 
-    bundle = bundle_lib.load(Path(values.model))
+    bundle = bundle_lib.load(Path(values.model).expanduser())
     bundle_lib.configure(config, bundle)
     it = prepare.prepare(config)
+    wanted = bundle.preprocessing
+    if (list(it.example_shape), str(it.example_dtype)) != (
+        list(wanted["input_shape"]),
+        wanted["input_dtype"],
+    ):
+        raise ConvnetError(
+            f"the model takes {wanted['input_dtype']} {wanted['input_shape']}, the data"
+            f" hold {it.example_dtype} {list(it.example_shape)} (see data.image_size)"
+        )
     if it.dataset.classes != bundle.classes:
         raise ConvnetError(
             f"the model's classes are {bundle.classes}, those of the data"
@@ -162,7 +173,7 @@ def main(values: flags.FlagValues) -> None:
     for name, value in found.items():
         print(f"{name}: {value:.6g}")
     if values.output:
-        workdir = Workdir(Path(values.output))
+        workdir = Workdir(Path(values.output).expanduser())
         workdir.create()
         workdir.write_json("evaluation.json", {"model": values.model, **found})
         command = shlex.join(["python", "-m", "convnet.evaluate", *sys.argv[1:]])

@@ -96,7 +96,7 @@ class Loop:
         last = self._done == self._it.total_steps
         evaluates = last or self._passes(self._epoch_of, self._config.train.eval_every)
         every = self._config.checkpoint.every_steps
-        saves = last or (self._done % every == 0 if every else evaluates)
+        saves = evaluates or bool(every and self._done % every == 0)
         interrupted = signals.received is not None and not last
         if (
             evaluates
@@ -107,7 +107,7 @@ class Loop:
             self._flush()
         if evaluates or saves or interrupted:
             self._check_state()
-        score = self._evaluate() if evaluates and not interrupted else None
+        score = self._evaluate() if evaluates else None
         if saves or interrupted:
             self._save(score)
         if interrupted:
@@ -207,10 +207,9 @@ class Loop:
             f"  epoch {self._epoch_of(self._done):.1f}  test: {shown}"
         )
         score = means.get("accuracy", -means["loss"])
-        it.best = score if it.best is None else max(it.best, score)
         return score
 
     def _save(self, score: float | None) -> None:
         it = self._it
-        about = {"best": it.best, "train_seconds": it.train_seconds}
+        about = {"train_seconds": it.train_seconds}
         self._checkpoints.save(self._done, it.state, about, score)

@@ -44,7 +44,7 @@ def main(values: flags.FlagValues) -> None:
             "--config is missing; for example --config=experiments/digits.py"
         )
     experiment = Path(values["config"].config_filename).stem
-    workdir = Path(values.workdir or f"runs/{experiment}")
+    workdir = Path(values.workdir or f"runs/{experiment}").expanduser()
     settings = resolve.check_type(values.config, experiment)
     mesh.start(settings.compilation_cache)
     # After `start`, because this is what brings JAX up.

@@ -17,7 +17,7 @@ from convnet import mesh as mesh_lib
 from convnet import models, optim, resolve
 from convnet import step as step_lib
 from convnet import task as task_lib
-from convnet.data import pipeline
+from convnet.data import measure, pipeline
 from convnet.data import source as source_lib
 from convnet.errors import UsageError
 from convnet.models import summary as summary_lib
@@ -42,7 +42,6 @@ class Run:
     example_dtype: np.dtype
     compile_seconds: float = 0.0
     train_seconds: float = 0.0
-    best: float | None = None
     predicted: dict[str, Any] | None = None
     splits: dict[str, pipeline.Split] = dataclasses.field(default_factory=dict)
     _predict: Any = None
@@ -91,7 +90,7 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
     mesh = mesh_lib.make(config.data.batch_size)
     dataset = source_lib.load(config.data, config.seed)
     changed = config_lib.changed(config)
-    resolve.resolve(config, functools.partial(pipeline.measure, dataset.train))
+    resolve.resolve(config, functools.partial(measure.mean_and_std, dataset.train))
     example = pipeline.first(dataset.train)["input"][None]
     for name in ("mean", "std"):
         if len(config.data[name]) not in (1, example.shape[-1]):

@@ -6,7 +6,9 @@ import jax
 import numpy as np
 from PIL import Image
 
+from convnet import mesh as mesh_lib
 from convnet import step as step_lib
+from convnet.data import pipeline
 from convnet.errors import UsageError
 from convnet.prepare import Run
 from convnet.task import Binary, Regression
@@ -18,13 +20,13 @@ def examples(it: Run, count: int) -> tuple[np.ndarray | None, list[str]]:
     Returns:
       uint8 (n, h, w, 1 or 3) and n captions; None and [] if the inputs are no images.
     """
-    split = it.split("train")
-    batch = next(split.batches(it.train_order, 0, 1))
     shape = it.example_shape
     if len(shape) != 3 or shape[-1] not in (1, 3):
         return None, []
-    augmented = it.compile(step_lib.augmented, 0, split.data, batch)
-    seen = jax.device_get(augmented(0, split.data, batch))
+    host, _ = pipeline.read_batch(it.dataset.train, it.train_order(0))
+    batch = mesh_lib.put_batch(it.mesh, host)
+    augmented = it.compile(step_lib.augmented, 0, {}, batch)
+    seen = jax.device_get(augmented(0, {}, batch))
     images = np.clip(np.rint(seen["input"][:count] * 255), 0, 255).astype(np.uint8)
     return images, [_caption(it, target) for target in seen["target"][:count]]
 

@@ -1,5 +1,6 @@
 """What a person sees of a run: a bar on a terminal, plain lines elsewhere."""
 
+import os
 import signal
 import sys
 import time
@@ -81,4 +82,5 @@ class Signals:
         if self.received is not None:
             raise Interrupted(signum, "interrupted twice: stopped without saving")
         self.received = signum
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+        # Not print: a handler may interrupt the bar in the middle of its own writing.
+        os.write(2, b"\nstopping after this step; once more stops at once\n")

@@ -86,6 +86,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"optimizer.accumulate is {values['optimizer.accumulate']}, which does not"
             f" divide data.batch_size = {values['data.batch_size']}"
         )
+    if values["schedule.name"] == "step" and not values["schedule.steps"]:
+        raise UsageError(
+            "schedule.name is 'step' and schedule.steps is (): name the shares of the"
+            " run at which the rate drops, such as (0.5, 0.75)"
+        )
+    if values["task.name"] == "regression":
+        for name in ("task.label_smoothing", "task.class_weights"):
+            if values[name]:
+                raise UsageError(
+                    f"{name} is {values[name]}, but task.name = 'regression' does not"
+                    " read it"
+                )
     if values["task.positive"] and values["task.name"] != "binary":
         raise UsageError(
             f"task.positive is {values['task.positive']!r}, but only task.name ="

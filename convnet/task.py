@@ -163,5 +163,10 @@ def create(config: ml_collections.ConfigDict, dataset: Dataset) -> Task:
             f" are {count} classes"
         )
     if settings.name == "binary":
-        return Binary(classes.index(settings.positive), **common)
+        positive = classes.index(settings.positive)
+        if len(classes) == 2 and common["class_weights"]:
+            # From the order of the classes to (negative, positive).
+            weights = common["class_weights"]
+            common["class_weights"] = (weights[1 - positive], weights[positive])
+        return Binary(positive, **common)
     return Classification(count, **common)

@@ -9,6 +9,7 @@ from convnet import config as config_lib
 from convnet import finish
 from convnet import mesh as mesh_lib
 from convnet.checkpoint import Checkpoints
+from convnet.data import measure
 from convnet.loop import Loop
 from convnet.prepare import Run, initial_state, prepare
 from convnet.workdir import Workdir
@@ -33,12 +34,15 @@ def run(config: ml_collections.ConfigDict, path: Path, command: str) -> dict[str
     workdir.adopt(config)
     it = prepare(config)
     workdir.check(config)
+    data = measure.fingerprint(it.dataset)
+    workdir.check_data(data)
     result = workdir.read_json("result.json")
     if result is not None:
         print(f"{path} is finished (step {result['step']}); nothing to do")
         return result
     workdir.create()
     workdir.write_json("config.json", config_lib.to_dict(config))
+    workdir.write_json("data.json", data)
     print(_heading(it, path))
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint.keep)
     try:
@@ -71,6 +75,6 @@ def _resume(it: Run, checkpoints: Checkpoints) -> int:
     if restored is None:
         return 0
     it.state, about = restored
-    it.best, it.train_seconds = about["best"], about["train_seconds"]
+    it.train_seconds = about["train_seconds"]
     print(f"resuming from step {about['step']:,}")
     return about["step"]

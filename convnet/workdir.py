@@ -23,7 +23,7 @@ def write(path: Path, text: str) -> None:
 
 
 class Workdir:
-    """config.json, metrics.jsonl, tensorboard/, result.json and their rules."""
+    """config.json, data.json, metrics.jsonl, tensorboard/, result.json, their rules."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -90,6 +90,20 @@ class Workdir:
                 f"{self.path} holds a run with another config:\n"
                 + "\n".join(differ)
                 + "\nchoose another --workdir, or the same values"
+            )
+
+    def check_data(self, found: dict[str, Any]) -> None:
+        """Refuses to go on with a run on other data; `found` is its fingerprint.
+
+        Raises:
+          UsageError: names what differs.
+        """
+        saved = self.read_json("data.json")
+        if saved is not None and saved != found:
+            differ = [key for key in found if found[key] != saved.get(key)]
+            raise UsageError(
+                f"{self.path} holds a run on other data: they differ in"
+                f" {', '.join(differ)}\nchoose another --workdir, or the same data"
             )
 
     def cut(self, step: int) -> None:

@@ -16,7 +16,6 @@ from convnet import config as config_lib
 def get_config():
     config = config_lib.default()
     config.data.name = "cifar10"
-    config.data.batch_size = 128
     config.data.mean = (0.4914, 0.4822, 0.4465)
     config.data.std = (0.2470, 0.2435, 0.2616)
     config.augment.flip = "alternating"

@@ -2,8 +2,7 @@
 
     python -m convnet.main --config=experiments/cifar100.py
 
-The first run downloads and prepares the data (169 MB). Not measured: the data could not
-be had on the machine on which the other experiments were.
+The first run downloads and prepares the data (169 MB). Not measured.
 """
 
 from convnet import config as config_lib
@@ -12,7 +11,6 @@ from convnet import config as config_lib
 def get_config():
     config = config_lib.default()
     config.data.name = "cifar100"
-    config.data.batch_size = 128
     config.augment.flip = "random"
     config.augment.crop_pad = 4
     config.augment.cutmix = 1.0

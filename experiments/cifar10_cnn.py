@@ -12,7 +12,6 @@ from convnet import config as config_lib
 def get_config():
     config = config_lib.default()
     config.data.name = "cifar10"
-    config.data.batch_size = 128
     config.augment.flip = "random"
     config.augment.translate = 0.1
     config.model.name = "cnn"
@@ -27,5 +26,4 @@ def get_config():
     config.optimizer.weight_decay = 1e-3
     config.schedule.name = "cosine"
     config.schedule.warmup = 0.05
-    config.train.epochs = 10.0
     return config

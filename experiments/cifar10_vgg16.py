@@ -13,7 +13,6 @@ from convnet import config as config_lib
 def get_config():
     config = config_lib.default()
     config.data.name = "cifar10"
-    config.data.batch_size = 128
     config.augment.flip = "random"
     config.augment.crop_pad = 4
     config.model.name = "vgg16_bn"

@@ -12,7 +12,6 @@ from convnet import config as config_lib
 def get_config():
     config = config_lib.default()
     config.data.name = "digits"
-    config.data.batch_size = 128
     config.augment.translate = 0.1
     config.augment.rotate = 8.0
     config.augment.zoom = 0.1

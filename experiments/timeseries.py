@@ -12,7 +12,6 @@ from convnet import config as config_lib
 def get_config():
     config = config_lib.default()
     config.data.name = "cylinder_bell_funnel"
-    config.data.batch_size = 128
     config.model.name = "cnn"
     config.model.widths = (16, 32, 64)
     config.model.depth = 1

@@ -96,7 +96,7 @@ class Box:
 
     def run(self, script: str, *args: str, **env: str) -> tuple[int, str, str]:
         process = self.start(script, *args, **env)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=60)
         return process.returncode, out, err
 
     def find(self, *versions: str, **env: str) -> str:
@@ -110,7 +110,7 @@ class Box:
         return sum(what in call for call in calls)
 
     def wait_for(self, what: str) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not self.count(what):
             assert time.monotonic() < deadline, f"no call with {what}"
             time.sleep(0.01)
@@ -297,7 +297,7 @@ def test_interrupted_setup_is_made_again(box: Box, number: signal.Signals) -> No
     process = box.start("launch/setup.sh")
     box.wait_for("-m pip")
     os.killpg(process.pid, number)
-    assert process.wait(10) in (-number, 128 + number)
+    assert process.wait(60) in (-number, 128 + number)
     assert process.stdout.read() == ""
     process.stdout.close()
     process.stderr.close()
@@ -312,12 +312,12 @@ def test_what_a_killed_setup_left_running_is_waited_for(box: Box) -> None:
     first = box.start("launch/setup.sh")
     box.wait_for("-m pip")
     first.kill()  # Not its pip, which goes on writing into the environment.
-    first.communicate(timeout=10)
+    first.communicate(timeout=60)
     second = box.start("launch/local.sh")
     assert "waiting for another" in second.stderr.readline()
     assert box.count("-m venv") == 1
     (box.tmp / "hold-pip").unlink()
-    second.communicate(timeout=10)
+    second.communicate(timeout=60)
     assert second.returncode == 3
     assert box.count("-m venv") == box.count("-m pip") == 2
 
@@ -331,7 +331,7 @@ def test_two_at_once_install_once(box: Box) -> None:
     assert "waiting for another" in second.stderr.readline()
     (box.tmp / "hold-pip").unlink()
     for process, name in [(first, "first"), (second, "second")]:
-        out, _ = process.communicate(timeout=10)
+        out, _ = process.communicate(timeout=60)
         assert process.returncode == 3 and out.endswith(f"{name}\n")
     assert box.count("-m venv") == box.count("-m pip") == 1
 

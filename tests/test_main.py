@@ -7,7 +7,6 @@ import math
 import os
 import pty
 import re
-import resource
 import signal
 import struct
 import subprocess
@@ -69,6 +68,14 @@ DIGITS = (
     "--config.train.steps=4",
     "--config.compilation_cache=cache",
 )
+# What comes before the command: no file may grow over some 100 kB (a preexec_fn could
+# deadlock, because the tests' process has JAX's threads); a terminal of its own.
+FULL = ("sh", "-c", 'ulimit -f 200 && exec "$@"', "sh")
+CONTROLLED = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
 
 
 @dataclass
@@ -80,12 +87,12 @@ class Done:
     err: str
 
 
-def start(folder, *flags, **options):
+def start(folder, *flags, through=(), **options):
     hidden = ("CONVNET_TRACEBACK", "NPROC", "XLA_FLAGS")
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
     environment |= {"PYTHONPATH": str(PROJECT), **options.pop("env", {})}
     return subprocess.Popen(
-        [sys.executable, "-m", "convnet.main", *flags],
+        [*through, sys.executable, "-m", "convnet.main", *flags],
         cwd=folder,
         env=environment,
         text=True,
@@ -154,7 +161,7 @@ class Terminal:
             *flags,
             **streams,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            through=(sys.executable, "-c", CONTROLLED),
         )
         os.close(self._program)
         self._reader.start()
@@ -437,10 +444,6 @@ def test_stopped_killed_and_resumed_gives_the_same_weights(
     check_tensorboard(folder / "again")
 
 
-def limit_file_size():
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-
-
 # name: (exit status, what the message says, flags), each in a workdir of its own.
 REFUSED = {
     "unknown key": (
@@ -514,8 +517,8 @@ def refused(folder):
         flags = REFUSED[name][2]
         if not any(flag.startswith("--workdir") for flag in flags):
             flags += (f"--workdir=refused/{name}",)
-        limit = limit_file_size if name == "full disk" else None
-        return name, run(folder, *flags, env=closed, preexec_fn=limit)
+        limit = FULL if name == "full disk" else ()
+        return name, run(folder, *flags, env=closed, through=limit)
 
     with ThreadPoolExecutor(2) as pool:
         return dict(pool.map(one, REFUSED))

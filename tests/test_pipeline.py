@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from convnet import mesh as mesh_lib
-from convnet.data import pipeline, source
+from convnet.data import measure, pipeline, source
 from convnet.data.decode import DecodeError
 from convnet.data.pipeline import BadInputs, EvalOrder, Resident, Streaming, TrainOrder
 from convnet.errors import ConvnetError
@@ -335,7 +335,7 @@ def test_none_can_be_read(mesh):
     for attempt in (
         lambda: Resident(data, mesh, bad_inputs(data)),
         lambda: pipeline.first(data),
-        lambda: pipeline.measure(data),
+        lambda: measure.mean_and_std(data),
         lambda: read_all(
             Streaming(data, mesh, bad_inputs(data), 0), EvalOrder(30, 8), 0, 1
         ),
@@ -357,7 +357,7 @@ def test_first_is_the_first_that_can_be_read():
 
 def test_measure_of_images():
     data = source.ArraySource(images(50), np.zeros(50, np.int32), "train")
-    mean, std = pipeline.measure(data)
+    mean, std = measure.mean_and_std(data)
     unit = images(50).astype(np.float64) / 255
     np.testing.assert_allclose(mean, unit.mean((0, 1, 2)), atol=5.1e-5)
     np.testing.assert_allclose(std, unit.std((0, 1, 2)), atol=5.1e-5)
@@ -370,7 +370,7 @@ def test_measure_of_floats_in_their_own_unit():
     # A channel that never varies can still be divided by.
     series = np.concatenate([series, np.full((40, 7, 1), 5, np.float32)], axis=-1)
     data = source.ArraySource(series, np.zeros(40, np.float32), "train")
-    mean, std = pipeline.measure(data)
+    mean, std = measure.mean_and_std(data)
     wide = series.astype(np.float64)
     np.testing.assert_allclose(mean, wide.mean((0, 1)), atol=5.1e-5)
     np.testing.assert_allclose(std[:2], wide.std((0, 1))[:2], atol=5.1e-5)
@@ -378,7 +378,7 @@ def test_measure_of_floats_in_their_own_unit():
 
 
 def test_measure_takes_evenly_spaced_examples_of_a_large_split(monkeypatch):
-    monkeypatch.setattr(pipeline, "_MEASURED_EXAMPLES", 5)
+    monkeypatch.setattr(measure, "_MEASURED_EXAMPLES", 5)
     # Sorted by class, as folders are.
     values = np.repeat([0, 0, 0, 1, 1], 20).astype(np.float32).reshape(100, 1, 1)
     read = []
@@ -389,12 +389,15 @@ def test_measure_takes_evenly_spaced_examples_of_a_large_split(monkeypatch):
             return super().__getitem__(index)
 
     data = Counted(values, np.zeros(100, np.int32), "train")
-    assert pipeline.measure(data) == ((0.4,), (round(0.24**0.5, 4),))
+    assert measure.mean_and_std(data) == ((0.4,), (round(0.24**0.5, 4),))
     assert read == [0, 24, 49, 74, 99]
 
 
 def test_measure_passes_over_unreadable_images():
-    whole, flaky = pipeline.measure(Flaky(60)), pipeline.measure(Flaky(60, bad=(7,)))
+    whole, flaky = (
+        measure.mean_and_std(Flaky(60)),
+        measure.mean_and_std(Flaky(60, bad=(7,))),
+    )
     np.testing.assert_allclose(whole, flaky, atol=0.02)
 
 

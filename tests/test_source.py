@@ -57,10 +57,11 @@ def test_digits_split_is_stratified_and_independent_of_the_seed(digits):
     np.testing.assert_array_equal(other.test.inputs, digits.test.inputs)
 
 
-def test_limits_keep_the_first(digits):
-    dataset = source.load(settings(train_limit=10, test_limit=400), 0)
-    assert (len(dataset.train), len(dataset.test)) == (10, 360)
-    np.testing.assert_array_equal(dataset.train.inputs, digits.train.inputs[:10])
+def test_limits_keep_evenly_spaced_records(digits):
+    dataset = source.load(settings(train_limit=5, test_limit=400), 0)
+    assert (len(dataset.train), len(dataset.test)) == (5, 360)
+    ids = [record["id"] for record in source.read(dataset.train, range(5))]
+    assert ids == [f"train/{i}" for i in (0, 359, 718, 1077, 1436)]
 
 
 def test_limit_of_a_folder_source(shared_data):
@@ -69,9 +70,10 @@ def test_limit_of_a_folder_source(shared_data):
     few = source.load(settings(name="folder", dir=folder, train_limit=7), 0)
     assert (len(few.train), len(few.test)) == (7, 50)
     few = pickle.loads(pickle.dumps(few.train))
-    assert [r["id"] for r in source.read(few, range(7))] == [
-        whole.train[i]["id"] for i in range(7)
-    ]
+    # Sorted by class, the first seven would be one class.
+    ids = [record["id"] for record in source.read(few, range(7))]
+    assert ids == [whole.train[34 * i + 2 * i // 3]["id"] for i in range(7)]
+    assert {id.split("/")[1] for id in ids} == {"cat", "non-cat"}
     with pytest.raises(IndexError):
         few[7]
 

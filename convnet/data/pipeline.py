@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,7 +35,6 @@ Order = Callable[[int], HostBatch]
 Bad = dict[int, tuple[str, str]]  # index -> (id, reason)
 
 _CPU_RESIDENT_BYTES = 2 << 30
-_MEASURED_EXAMPLES = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,12 +235,13 @@ class Streaming:
         steps = grain.MapDataset.range(start, stop).map(
             functools.partial(_load_step, self._source, order)
         )
-        threads = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+        count = os.cpu_count() or 2
+        threads = grain.ReadOptions(num_threads=count, prefetch_buffer_size=2 * count)
         if self._workers:
             options = grain.MultiprocessingOptions(self._workers)
             batches = steps.to_iter_dataset(
                 grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-            ).mp_prefetch(options)
+            ).mp_prefetch(options, worker_init_fn=_ignore_ctrl_c)
         else:
             batches = steps.to_iter_dataset(threads)
         # One batch ahead: its copy to the device overlaps with the step before.
@@ -251,6 +252,11 @@ class Streaming:
             if len(ahead) > 1:
                 yield ahead.popleft()
         yield from ahead
+
+
+def _ignore_ctrl_c(worker: int, workers: int) -> None:
+    """Leaves Ctrl-C, which reaches a terminal's every process, to the main one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _load_step(source: Source, order: Order, step: int) -> tuple[HostBatch, Bad]:
@@ -282,22 +288,3 @@ def _fits(source: Source, mesh: Mesh) -> bool:
     if device.platform != "cpu":
         limit = (device.memory_stats() or {}).get("bytes_limit", 8 << 30) // 4
     return len(source) * first(source)["input"].nbytes <= limit
-
-
-def measure(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Measures each channel's mean and standard deviation.
-
-    Returns:
-      Two tuples of c numbers, in units of `step.to_unit` (images: 0 to 1), rounded to 4
-      digits, from up to 1,024 evenly spaced examples: the same on every path.
-    """
-    count = min(len(source), _MEASURED_EXAMPLES)
-    picked = np.linspace(0, len(source) - 1, count).astype(int)
-    order = {"index": picked, "weight": np.ones(count, np.float32)}
-    inputs = read_batch(source, order)[0]["input"]
-    scale = 255.0 if inputs.dtype == np.uint8 else 1.0
-    flat = inputs.reshape(-1, inputs.shape[-1]).astype(np.float64) / scale
-    mean = tuple(round(float(x), 4) for x in flat.mean(0))
-    # A channel that never varies must not be divided by zero.
-    std = tuple(round(max(float(x), 1e-3), 4) for x in flat.std(0))
-    return mean, std

@@ -202,6 +202,4 @@ def _sized(dataset: Dataset, data: Any) -> Dataset:
 def _limited(source: Source, limit: int) -> Source:
     if not limit or limit >= len(source):
         return source
-    if isinstance(source, ArraySource):
-        return ArraySource(source.inputs[:limit], source.labels[:limit], source.split)
     return Spread(source, limit)
