@@ -178,7 +178,7 @@ def train_step(
     if ema is not None:
         latest = {"params": params, "batch_stats": batch_stats}
         ema = optim.ema_update(ema, latest, recipe.ema, state.step)
-    metrics |= {"count": weight.sum(), "grad_norm": optax.global_norm(grads)}
+    metrics |= {"count": weight.sum(), "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
 

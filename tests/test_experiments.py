@@ -10,6 +10,7 @@ import re
 import shlex
 from pathlib import Path
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -149,6 +150,14 @@ def kernels(workdir, step):
         state = reader.restore(path)
     pattern = re.compile(r"params/.*kernel")
     return {k: np.asarray(v) for k, v in state.items() if pattern.fullmatch(k)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    """XLA's lowest level: what is tested here is what is wired to what."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
