@@ -41,6 +41,7 @@ def run(config: ml_collections.ConfigDict, path: Path, command: str) -> dict[str
         print(f"{path} is finished (step {result['step']}); nothing to do")
         return result
     workdir.create()
+    workdir.lock()
     workdir.write_json("config.json", config_lib.to_dict(config))
     workdir.write_json("data.json", data)
     print(_heading(it, path))

@@ -1,9 +1,10 @@
 """The folder of a run: what lies in it, written so that nothing is ever half there."""
 
+import fcntl
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import ml_collections
 
@@ -28,6 +29,7 @@ class Workdir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._events: EventFile | None = None
+        self._lock: IO[str] | None = None
 
     def create(self) -> None:
         """Makes the folder.
@@ -45,6 +47,24 @@ class Workdir:
                 f"--workdir={self.path} cannot be written to: {error.strerror};"
                 " choose another"
             ) from error
+
+    def lock(self) -> None:
+        """Keeps other processes from training here, for as long as this one lives.
+
+        Raises:
+          ConvnetError: another process trains here.
+        """
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise ConvnetError(
+                f"another process is training in {self.path}: wait for it, or choose"
+                " another --workdir"
+            ) from error
+        except OSError:  # Some network file systems have no locks.
+            pass
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """Returns the content of a JSON file of the folder, None if it is absent."""
@@ -133,6 +153,7 @@ class Workdir:
         self._events.scalars(step, values)
 
     def close(self) -> None:
-        """Closes the TensorBoard file."""
-        if self._events is not None:
-            self._events.close()
+        """Closes the TensorBoard file and lets others train here."""
+        for file in (self._events, self._lock):
+            if file is not None:
+                file.close()

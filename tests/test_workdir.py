@@ -278,3 +278,13 @@ def test_tensorboard_holds_the_points_and_hides_those_after_the_cut(workdir):
         (20, "test/loss", 0.5),
         (21, "train/loss", 0.25),
     ]
+
+
+def test_only_one_process_trains_in_a_folder(tmp_path):
+    first, second = Workdir(tmp_path), Workdir(tmp_path)
+    first.lock()
+    with pytest.raises(ConvnetError, match=f"training in {tmp_path}: wait"):
+        second.lock()
+    first.close()
+    second.lock()
+    second.close()
