@@ -4,6 +4,7 @@ Exit status: 0 done; 1 the job failed; 2 usage; 3 done, but some inputs could no
 read; 130 or 143 interrupted.
 """
 
+import logging
 import os
 import re
 import signal
@@ -13,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from convnet import config as config_lib
@@ -50,8 +52,9 @@ def run(
     """
     signal.signal(signal.SIGTERM, _terminate)
     # What goes wrong in Orbax's threads reaches us as an exception of its own; without
-    # these two it would also be printed, with tracebacks.
-    logging.set_verbosity(logging.FATAL)
+    # these three it would also be printed, with tracebacks.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
     try:
         status = main(parse(sys.argv, define, usage)) or 0

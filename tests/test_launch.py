@@ -92,6 +92,8 @@ class Box:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A runner in the background ignores Ctrl-C, and its children with it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, script: str, *args: str, **env: str) -> tuple[int, str, str]:

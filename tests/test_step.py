@@ -248,9 +248,8 @@ def test_batch_statistics_and_their_average():
 def test_microbatches_agree_with_the_whole():
     data = split_of()
     data["weight"][[2, 3, 5]] = 0
-    augment = {"flip": "random", "brightness": 0.5}
-    whole = train(recipe_of(**augment), data)
-    assert_close(train(recipe_of(accumulate=4, **augment), data), whole)
+    whole = train(recipe_of(ema=0.15), data)
+    assert_close(train(recipe_of(accumulate=4, ema=0.15), data), whole)
 
 
 def test_rows_of_weight_zero_do_not_influence_the_params():
@@ -326,24 +325,23 @@ def test_dropout_differs_between_microbatches_and_steps():
         "weight": np.ones(2, np.float32),
     }
 
-    def kept(accumulate, step):
-        recipe = recipe_of(Noise(), task, accumulate)
-        state = step_lib.create_state(recipe, jnp.asarray(data["input"][:1]))
-        state = state.replace(step=jnp.asarray(step, jnp.int32))
+    recipe = recipe_of(Noise(), task, accumulate=2)
+    start = step_lib.create_state(recipe, jnp.asarray(data["input"][:1]))
+
+    def kept(step):
+        state = start.replace(step=jnp.asarray(step, jnp.int32))
         state, _ = compiled(step_lib.train_step, recipe)(state, data, batch)
         # lr * (mean over 2 examples of 2 * 2 * kept / 64)
         count = np.asarray(state.params["bias"]) / (-0.3 * 2 / 64)
         np.testing.assert_allclose(count, np.rint(count), atol=1e-4)
-        return tuple(np.rint(count).astype(int).tolist())
+        return np.rint(count).astype(int).tolist()
 
-    found = [kept(1, 0), kept(2, 0), kept(2, 1)]
-    for one in found:
-        assert set(one) == {0, 1, 2}
-    assert len(set(found)) == 3
-    assert kept(2, 1) == found[2]
+    # 1 where one of the two was dropped: never, if both had the same mask.
+    assert set(kept(0)) == set(kept(1)) == {0, 1, 2}
+    assert kept(0) == kept(0) != kept(1)
 
 
-def test_augmented_depends_on_seed_and_step_and_not_on_the_rest():
+def test_augmented_depends_on_the_step_and_not_on_the_microbatches():
     data = split_of()
     batch = batch_of(0)
     settings = {"flip": "random", "contrast": 0.5}
@@ -356,8 +354,8 @@ def test_augmented_depends_on_seed_and_step_and_not_on_the_rest():
     assert first["input"].shape == (8, *SHAPE) and first["input"].dtype == np.float32
     assert first["target"].shape == (8, K) and first["weight"].shape == (8,)
     jax.tree.map(np.testing.assert_array_equal, first, augmented(accumulate=4))
-    for other in (augmented(step=1), augmented(seed=1)):
-        assert (other["input"] != first["input"]).any()
+    jax.tree.map(np.testing.assert_array_equal, first, augmented())
+    assert (augmented(step=1)["input"] != first["input"]).any()
 
 
 def test_augmented_without_augmentation_is_the_data():
