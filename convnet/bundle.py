@@ -7,7 +7,6 @@ slightly wrong is refused.
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from flax import traverse_util
 from convnet import models
 from convnet import step as step_lib
 from convnet.errors import ConvnetError, UsageError
+from convnet.files import write
 
 _FORMAT = "convnet 1"
 # Relative to the largest logit: what another device or XLA may change, and no more.
@@ -90,12 +90,7 @@ def save(path: Path, bundle: Bundle) -> None:
     probe = bundle.probe()
     about["probe"] = {"shape": probe.shape, "logits": probe.ravel().tolist()}
     metadata = {"format": _FORMAT, "convnet": json.dumps(about)}
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(safetensors.numpy.save(tensors, metadata))
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write(path, safetensors.numpy.save(tensors, metadata))
 
 
 def load(path: Path) -> Bundle:

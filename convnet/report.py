@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from markupsafe import Markup
 
-from convnet import metrics, report_figures, report_regression
+from convnet import files, metrics, report_figures, report_regression
 from convnet.metrics import Evaluation
 from convnet.report_svg import duration, number, percent, size, sparkline
 
@@ -76,16 +75,7 @@ def write(path: Path, contents: Report) -> None:
     """
     # A file name need not be text: what UTF-8 cannot hold is shown as an escape.
     page = render(contents).encode("utf-8", "backslashreplace")
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    files.write(Path(path), page)
 
 
 def render(contents: Report) -> str:

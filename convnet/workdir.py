@@ -10,17 +10,8 @@ import ml_collections
 
 from convnet import config as config_lib
 from convnet.errors import ConvnetError, UsageError
+from convnet.files import write
 from convnet.tensorboard import EventFile
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file beside its place, then renames it there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 class Workdir:

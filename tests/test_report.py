@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from report_page import Page, classification, parse, pixels
 
 from convnet import report
+from convnet.errors import ConvnetError
 from convnet.metrics import Evaluation
 from convnet.report import Mistake, Report
 
@@ -203,8 +205,8 @@ def test_written_in_one_move(tmp_path, monkeypatch, ten):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(ConvnetError, match="report.html cannot be written: disk full"):
         report.write(path, dataclasses.replace(ten, title="Another run"))
     assert path.read_bytes() == first
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]

@@ -2,13 +2,14 @@
 
 import errno
 import json
+import os
 import struct
 
 import pytest
 from tensorboardX.proto import event_pb2
 
 from convnet import config as config_lib
-from convnet import workdir as workdir_lib
+from convnet import files
 from convnet.errors import ConvnetError, UsageError
 from convnet.workdir import Workdir
 
@@ -72,38 +73,35 @@ def test_json_comes_back(workdir):
     assert json.loads((workdir.path / "result.json").read_text()) == content
 
 
-@pytest.mark.parametrize("failing", ["write_text", "replace"])
+@pytest.mark.parametrize("failing", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch, failing):
     path = tmp_path / "result.json"
-    workdir_lib.write(path, "old")
-    real = type(path).write_text
+    files.write(path, "old")
 
-    def fail(self, *arguments):
-        if failing == "write_text":
-            real(self, "ne")  # A part is written before the disk is full.
+    def fail(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(type(path), failing, fail)
-    with pytest.raises(OSError, match="No space left"):
-        workdir_lib.write(path, "new")
+    monkeypatch.setattr(os, failing, fail)
+    with pytest.raises(ConvnetError, match="result.json cannot be written: No space"):
+        files.write(path, "new")
     monkeypatch.undo()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
-    workdir_lib.write(path, "new")
+    files.write(path, "new")
     assert path.read_text() == "new"
 
 
 def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
-    workdir_lib.write(path, "old")
-    real, seen = type(path).write_text, []
+    files.write(path, "old")
+    real, seen = os.fsync, []
 
-    def write_text(self, text):
-        real(self, text)
+    def fsync(file):
+        real(file)
         seen.append(path.read_text())
 
-    monkeypatch.setattr(type(path), "write_text", write_text)
-    workdir_lib.write(path, "new")
+    monkeypatch.setattr(os, "fsync", fsync)
+    files.write(path, "new")
     assert seen == ["old"] and path.read_text() == "new"
 
 
