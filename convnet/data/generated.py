@@ -107,12 +107,6 @@ def advection_diffusion(
     return Dataset(ArraySource(*maps[0], "train"), ArraySource(*maps[1], "test"))
 
 
-def persistence(inputs: np.ndarray) -> np.ndarray:
-    """The forecast that nothing moves: the last map, (..., t, lat, lon, c) to
-    (..., lat, lon, c). The score to beat."""
-    return inputs[..., -1, :, :, :]
-
-
 def advect_diffuse(
     maps: np.ndarray, zonal: np.ndarray, meridional: np.ndarray, diffusivity: float
 ) -> np.ndarray:
