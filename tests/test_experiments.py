@@ -311,6 +311,7 @@ def test_learns_a_number_from_volumes(tmp_path):
     assert learn(tmp_path, arrays, **keys)["test/loss"] < 0.5 * np.var(y_test)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_weights_that_overflow_are_neither_saved_nor_a_result(tmp_path):
     # One step: its loss is finite, and no later one shows what it left behind.
     arrays = {"x_train": np.ones((8, 4, 1), "f"), "x_test": np.ones((8, 4, 1), "f")}

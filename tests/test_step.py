@@ -125,9 +125,18 @@ def compiled(function, recipe, **options):
     return _COMPILED[key]
 
 
+def initial(recipe):
+    """The state before the first step, by one compiled program as in a run."""
+    return compiled(create_state, recipe)(jnp.zeros((1, *SHAPE), jnp.uint8))
+
+
+def create_state(inputs, recipe):
+    return step_lib.create_state(recipe, inputs)
+
+
 def train(recipe, data, steps=3, batches=None):
     """Some steps from the start; returns the state and each step's metrics."""
-    state = step_lib.create_state(recipe, jnp.asarray(split_of()["input"][:1]))
+    state = initial(recipe)
     step = compiled(step_lib.train_step, recipe)
     metrics = []
     for number in range(steps):
@@ -190,7 +199,7 @@ def test_steps_agree_with_numpy():
     recipe = recipe_of(ema=0.15)
     batches = [batch_of(step) for step in range(5)]
     batches[1]["weight"][:] = 0  # A step in which nothing counts.
-    start = step_lib.create_state(recipe, jnp.asarray(data["input"][:1]))
+    start = initial(recipe)
     state, metrics = train(recipe, data, 5, batches)
     want = reference(start.params["head"], data, batches, ema=0.15)
     assert_close(state.params["head"], want[0])
@@ -203,20 +212,19 @@ def test_steps_agree_with_numpy():
 
 
 def test_create_state():
-    inputs = jnp.asarray(split_of()["input"][:1])
-    plain = step_lib.create_state(recipe_of(Small()), inputs)
+    plain = initial(recipe_of(Small()))
     assert plain.ema is None and plain.step == 0 and plain.step.dtype == jnp.int32
     assert plain.variables() == {
         "params": plain.params,
         "batch_stats": plain.batch_stats,
     }
-    averaged = step_lib.create_state(recipe_of(Small(), ema=0.9), inputs)
+    averaged = initial(recipe_of(Small(), ema=0.9))
     jax.tree.map(np.testing.assert_array_equal, averaged.ema, plain.variables())
     assert averaged.variables() is averaged.ema
     # Buffers of their own: the state is donated.
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(averaged)]
     assert len(set(pointers)) == len(pointers)
-    other = step_lib.create_state(recipe_of(Small(), seed=1), inputs)
+    other = initial(recipe_of(Small(), seed=1))
     assert (other.params["conv"]["kernel"] != plain.params["conv"]["kernel"]).any()
 
 
@@ -224,7 +232,7 @@ def test_batch_statistics_and_their_average():
     data = split_of()
     recipe = recipe_of(Small(), ema=0.5)
     state, _ = train(recipe, data, 1)
-    start = step_lib.create_state(recipe, jnp.asarray(data["input"][:1]))
+    start = initial(recipe)
     rows = batch_of(0)["index"]
     normal = (data["input"][rows] / 255 - MEAN) / STD
     conv = nn.Conv(4, (3, 3), use_bias=False)
@@ -312,7 +320,7 @@ def test_key_streams_differ():
 
 
 def test_dropout_differs_between_microbatches_and_steps():
-    """Two examples; the gradient of a bias is 2 where one of them was dropped."""
+    """Two examples, one in each microbatch; a gradient counts those that were kept."""
     task = Regression((64,))
     data = {
         "input": np.zeros((2, *SHAPE), np.uint8),
@@ -326,7 +334,7 @@ def test_dropout_differs_between_microbatches_and_steps():
     }
 
     recipe = recipe_of(Noise(), task, accumulate=2)
-    start = step_lib.create_state(recipe, jnp.asarray(data["input"][:1]))
+    start = initial(recipe)
 
     def kept(step):
         state = start.replace(step=jnp.asarray(step, jnp.int32))
@@ -376,7 +384,7 @@ def test_predict_step_agrees_with_numpy():
     # Neither augmentation nor smoothing touches what is measured.
     task = Classification(K, label_smoothing=0.2, class_weights=(1.0, 2.0, 3.0))
     recipe = recipe_of(task=task, brightness=0.9)
-    state = step_lib.create_state(recipe, jnp.asarray(data["input"][:1]))
+    state = initial(recipe)
     predict = compiled(step_lib.predict_step, recipe)
     batch = batch_of(0)
     found = predict(state.variables(), data, batch)
@@ -399,7 +407,7 @@ def test_predict_step_agrees_with_numpy():
 def test_predict_step_uses_running_statistics():
     recipe = recipe_of(Small())
     data = split_of()
-    state = step_lib.create_state(recipe, jnp.asarray(data["input"][:1]))
+    state = initial(recipe)
     predict = compiled(step_lib.predict_step, recipe)
     batch = batch_of(0)
     whole = predict(state.variables(), data, batch)["prediction"]
@@ -423,9 +431,7 @@ def several_steps():
     data["weight"][[2, 3, 5]] = 0
     placed = mesh_lib.put_whole(mesh, data)
     everywhere = mesh_lib.replicated(mesh)
-    create = jax.jit(
-        functools.partial(step_lib.create_state, recipe), out_shardings=everywhere
-    )
+    create = compiled(create_state, recipe, out_shardings=everywhere)
     step = compiled(
         step_lib.train_step, recipe, donate_argnums=0, out_shardings=everywhere
     )
