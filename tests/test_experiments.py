@@ -162,12 +162,12 @@ def quick_compiler():
 
 @pytest.fixture
 def shallow(monkeypatch):
-    """Deep networks with one block or convolution a stage, for they compile slowly."""
+    """Deep networks with fewer layers, for they compile slowly."""
     # By import_module, since convnet.models has a function of the same name.
     stages = importlib.import_module("convnet.models.resnet").STAGES
     depths = importlib.import_module("convnet.models.vgg").DEPTHS
-    for name, (blocks, bottleneck) in stages.items():
-        monkeypatch.setitem(stages, name, ((1,) * len(blocks), bottleneck))
+    for name, (_, bottleneck) in stages.items():
+        monkeypatch.setitem(stages, name, ((1, 1), bottleneck))
     for name, depth in depths.items():
         monkeypatch.setitem(depths, name, (1,) * len(depth))
 

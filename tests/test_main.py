@@ -14,7 +14,6 @@ import sys
 import termios
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from tensorboardX.proto import event_pb2
 PROJECT = Path(__file__).resolve().parent.parent
 STEPS = 120
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
+CLOSED = "http://127.0.0.1:9"  # a proxy that is not there: no network
 TIMEOUT = 300  # seconds; a run takes a few, but a machine may be busy
 
 # Train: 100 pictures, one of them broken; test: 40, one of them broken.
@@ -53,7 +53,7 @@ def get_config():
     config.optimizer.ema = 0.9
     config.train.steps = 120
     config.train.log_every = 1
-    config.train.eval_every = 0.5
+    config.train.eval_every = 2.0
     config.checkpoint.every_steps = 10
     config.compilation_cache = "cache"
     return config
@@ -68,9 +68,34 @@ DIGITS = (
     "--config.train.steps=4",
     "--config.compilation_cache=cache",
 )
+# Compiles faster.
+PLAIN = (
+    *DIGITS,
+    *(f"--config.augment.{name}=0.0" for name in ("rotate", "translate", "zoom")),
+    "--config.model.norm=none",
+    "--config.model.dropout=0.0",
+    "--config.model.dense=()",
+)
 # What comes before the command: no file may grow over some 100 kB (a preexec_fn could
 # deadlock, because the tests' process has JAX's threads); a terminal of its own.
 FULL = ("sh", "-c", 'ulimit -f 200 && exec "$@"', "sh")
+# Runs several commands in one process, since to import costs more than to refuse.
+SEVERAL = """
+import contextlib, io, json, runpy, sys, traceback
+done = {}
+for name, flags in json.load(sys.stdin).items():
+    sys.argv = ["main.py", *flags]
+    streams = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+        try:
+            runpy.run_module("convnet.main", run_name="__main__")
+        except SystemExit as error:
+            status = error.code
+        except BaseException:
+            status = traceback.print_exc()
+    done[name] = (status, *(stream.getvalue() for stream in streams))
+print(json.dumps(done))
+"""
 CONTROLLED = """
 import fcntl, os, sys, termios
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -87,14 +112,17 @@ class Done:
     err: str
 
 
-def start(folder, *flags, through=(), **options):
+def environment(**more):
     hidden = ("CONVNET_TRACEBACK", "NPROC", "XLA_FLAGS")
-    environment = {k: v for k, v in os.environ.items() if k not in hidden}
-    environment |= {"PYTHONPATH": str(PROJECT), **options.pop("env", {})}
+    kept = {k: v for k, v in os.environ.items() if k not in hidden}
+    return kept | {"PYTHONPATH": str(PROJECT)} | more
+
+
+def start(folder, *flags, through=(), **options):
     return subprocess.Popen(
         [*through, sys.executable, "-m", "convnet.main", *flags],
         cwd=folder,
-        env=environment,
+        env=environment(),
         text=True,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )
@@ -445,7 +473,7 @@ def test_stopped_killed_and_resumed_gives_the_same_weights(
 
 
 # name: (exit status, what the message says, flags), each in a workdir of its own.
-REFUSED = {
+REFUSED_AT_ONCE = {
     "unknown key": (
         2,
         ("optimizer.momentm", "did you mean 'optimizer.momentum'?"),
@@ -476,10 +504,12 @@ REFUSED = {
         ("--workdir=sky.py/run", "cannot be written"),
         (*DIGITS, "--workdir=sky.py/run"),
     ),
+}
+REFUSED_LATER = {
     "full disk": (
         1,
         ("checkpoint", "could not be written", "last good checkpoint"),
-        (*DIGITS, "--config.model.dense=(1000,)"),
+        (*PLAIN, "--config.model.dense=(1000,)"),
     ),
     "too high a learning rate": (
         1,
@@ -489,7 +519,7 @@ REFUSED = {
             "optimizer.lr = 1e+30",
         ),
         (
-            *DIGITS,
+            *PLAIN,
             "--config.optimizer.name=sgd",
             "--config.schedule.name=constant",
             "--config.optimizer.lr=1e30",
@@ -502,6 +532,7 @@ REFUSED = {
         ("--config=sky.py", "--config.data.max_bad_fraction=0.005"),
     ),
 }
+REFUSED = REFUSED_AT_ONCE | REFUSED_LATER
 
 
 @pytest.fixture(scope="module")
@@ -511,17 +542,25 @@ def refused(folder):
         (folder / "lacking" / name).mkdir(parents=True)
         if name != "train/b":
             Image.new("RGB", (16, 16)).save(folder / "lacking" / name / "1.png")
-    closed = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
-
-    def one(name):
-        flags = REFUSED[name][2]
-        if not any(flag.startswith("--workdir") for flag in flags):
-            flags += (f"--workdir=refused/{name}",)
-        limit = FULL if name == "full disk" else ()
-        return name, run(folder, *flags, env=closed, through=limit)
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(one, REFUSED))
+    flags = {
+        name: (f"--workdir=refused/{name}", *given)
+        for name, (_, _, given) in REFUSED.items()
+    }
+    later = [
+        start(folder, *flags[name], through=FULL if name == "full disk" else ())
+        for name in REFUSED_LATER
+    ]
+    at_once = subprocess.run(
+        [sys.executable, "-c", SEVERAL],
+        input=json.dumps({name: flags[name] for name in REFUSED_AT_ONCE}),
+        cwd=folder,
+        env=environment(http_proxy=CLOSED, https_proxy=CLOSED),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+    )
+    done = {name: Done(*one) for name, one in json.loads(at_once.stdout).items()}
+    return done | dict(zip(REFUSED_LATER, map(finish, later), strict=True))
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -559,7 +598,7 @@ def test_another_config_is_refused(folder, workdir, first):
 
 
 def test_preview(folder):
-    done = run(folder, *DIGITS, "--preview")
+    done = run(folder, *PLAIN, "--config.augment.flip=random", "--preview")
     assert done.status == 0, done
     with Image.open(folder / "runs/digits/preview.png") as sheet:
         sheet.load()
