@@ -2,11 +2,14 @@
 
 Its metadata also holds where the weights come from, and a probe: the logits for a fixed
 generated input, which loading computes again and compares. A file whose weights arrive
-slightly wrong is refused.
+slightly wrong is refused. A file may come from anywhere: everything in it is checked
+before memory is taken for it (`tensorfile`, `bundle_metadata`, `bundle_check`).
 """
 
 import dataclasses
-import json
+import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,30 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax import linen as nn
 from flax import traverse_util
 
-from convnet import models
+from convnet import (
+    bundle_check,
+    bundle_metadata,
+    mesh,
+    models,
+    resolve,
+    tensorfile,
+    tta,
+)
 from convnet import step as step_lib
+from convnet import task as task_lib
+from convnet.bundle_metadata import Probe
 from convnet.errors import ConvnetError, UsageError
 from convnet.files import write
 
-_FORMAT = "convnet 1"
+# Models that come with the package: NAME.safetensors for --model=NAME.
+SHIPPED = Path(__file__).parent / "shipped"
+STORAGES = ("float32", "bfloat16")
+
+_FILE = "model.safetensors"
 # Relative to the largest logit: what another device or XLA may change, and no more.
 _PROBE_TOLERANCE = 1e-3
 
@@ -59,71 +75,155 @@ class Bundle:
             **self.architecture["options"],
         )
 
+    def logits(
+        self,
+        variables: Any,
+        inputs: jax.Array,
+        dtype: str = "float32",
+        views: str = "none",
+    ) -> jax.Array:
+        """Inputs as they are stored (b, *spatial, c) -> float32 logits; pure.
+
+        `views` is one of `tta.VIEWS`, over which the logits are averaged.
+        """
+        about, model = self.preprocessing, self.model(dtype)
+        normal = step_lib.normalize(
+            step_lib.to_unit(inputs), tuple(about["mean"]), tuple(about["std"])
+        )
+        return tta.logits(partial(model.apply, variables, train=False), normal, views)
+
+    def predict_fn(
+        self, dtype: str = "float32", views: str = "none"
+    ) -> Callable[[Any], jax.Array]:
+        """Returns a compiled function of a batch of inputs as they are stored.
+
+        It gives float32 probabilities (b, k); with the task "binary" that of the
+        positive class (b,); for regression the outputs themselves.
+        """
+        name = self.task["name"]
+
+        def predict(variables: Any, inputs: jax.Array) -> jax.Array:
+            logits = self.logits(variables, inputs, dtype, views)
+            if name == "classification":
+                return task_lib.Classification(logits.shape[-1]).predict(logits)
+            if name == "binary":
+                return task_lib.Binary(self.task["positive"]).predict(logits)
+            return logits
+
+        options = mesh.compiler_options(jax.default_backend())
+        compiled = jax.jit(predict, compiler_options=options)
+        return partial(compiled, jax.device_put(self.variables))
+
     def probe(self) -> np.ndarray:
-        """Returns the logits for the probe input, float32 at the highest precision."""
-        about = self.preprocessing
-        shape = (2, *about["input_shape"])
+        """Returns the logits for the probe input: plain float32, highest precision.
+
+        Raises:
+          ValueError: the network is too large to be tried.
+        """
+        shape = (2, *self.preprocessing["input_shape"])
+        dtype = self.preprocessing["input_dtype"]
+        run = bundle_check.compiled(
+            self.logits, self.variables, jax.ShapeDtypeStruct(shape, dtype)
+        )
         values = np.random.Generator(np.random.Philox(0)).integers(0, 256, shape)
-        if about["input_dtype"] == "uint8":
-            inputs = jnp.asarray(values, jnp.uint8)
-        else:
-            inputs = jnp.asarray(values / 127.5 - 1.0, jnp.float32)
-
-        def logits(variables: Any, inputs: jax.Array) -> jax.Array:
-            normal = step_lib.normalize(
-                step_lib.to_unit(inputs), tuple(about["mean"]), tuple(about["std"])
-            )
-            return self.model().apply(variables, normal, train=False)
-
-        with jax.default_matmul_precision("highest"):
-            return np.asarray(jax.jit(logits)(self.variables, inputs))
+        if dtype == "float32":
+            values = values / 127.5 - 1.0
+        return np.asarray(run(self.variables, jnp.asarray(values, dtype)))
 
 
-def save(path: Path, bundle: Bundle) -> None:
-    """Writes the model file, beside its place first."""
+def save(path: Path, bundle: Bundle, storage: str = "float32") -> None:
+    """Writes the model file, beside its place first.
+
+    Args:
+      path: the file.
+      bundle: what is saved.
+      storage: "bfloat16" halves the file: kernels are rounded to it, vectors (biases,
+        scales, statistics) are not. The probe is that of the rounded weights.
+
+    Raises:
+      ConvnetError: the file cannot be written, or could not be read again: the probe
+        is not finite, or something in the bundle is of the wrong kind.
+    """
+    if storage not in STORAGES:
+        raise ValueError(f"storage={storage!r}: want one of {', '.join(STORAGES)}")
     tensors = {
-        name: np.ascontiguousarray(leaf)
+        name: np.ascontiguousarray(
+            leaf,
+            jnp.bfloat16 if storage == "bfloat16" and leaf.ndim > 1 else np.float32,
+        )
         for name, leaf in _flatten(jax.device_get(bundle.variables)).items()
     }
+    stored = dataclasses.replace(bundle, variables=_unflatten(tensors))
     about = {f.name: getattr(bundle, f.name) for f in dataclasses.fields(bundle)}
     del about["variables"]
-    probe = bundle.probe()
-    about["probe"] = {"shape": probe.shape, "logits": probe.ravel().tolist()}
-    metadata = {"format": _FORMAT, "convnet": json.dumps(about)}
+    try:
+        metadata = bundle_metadata.pack(about, Probe.of(stored.probe()))
+    except (TypeError, ValueError) as error:
+        raise ConvnetError(f"{path} cannot be written: {error}") from error
     write(path, safetensors.numpy.save(tensors, metadata))
 
 
-def load(path: Path) -> Bundle:
-    """Reads a model file, or that of a workdir, and checks it by its probe.
+def find(name: str | Path) -> Path:
+    """Returns the model file that --model names.
+
+    Args:
+      name: a model file, a workdir with one, or the name of a model that ships with the
+        package, looked for in this order.
+
+    Raises:
+      UsageError: there is none; says where it was looked for, and what is near.
+    """
+    path = Path(os.path.expanduser(name))
+    # os.path's answer is no where a path cannot be one: too long, or with a null.
+    if str(name) and os.path.isfile(path):
+        return path
+    if str(name) and os.path.isfile(path / _FILE):
+        return path / _FILE
+    shipped = {p.stem: p for p in sorted(SHIPPED.glob("*.safetensors"))}
+    if str(name) in shipped:
+        return shipped[str(name)]
+    if os.path.isdir(path):
+        why = f"the folder has no {_FILE} (a run writes it when it is finished)"
+    else:
+        why = "it is no regular file" if os.path.exists(path) else "no such file"
+        why += resolve.nearest(path.name, [*_near(path), *shipped])
+    names = ", ".join(shipped) or "none"
+    raise UsageError(
+        f"--model={name}: {why}; want a model file, a workdir, or the name of a model"
+        f" that ships with convnet ({names})"
+    )
+
+
+def load(name: str | Path) -> Bundle:
+    """Reads the model file that `find` finds, and checks it by its probe.
 
     Raises:
       UsageError: there is no such file.
-      ConvnetError: it is no model file, a tensor is missing, unexpected or of another
-        shape, or the probe's logits differ; says which, and by how much.
+      ConvnetError: it is no model file, a tensor is missing, unexpected, or of another
+        shape or dtype, or the probe's logits differ; says which, and by how much.
     """
-    path = path / "model.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise UsageError(f"--model={path}: no such file; want a model file or workdir")
+    path = find(name)
     try:
-        with safetensors.safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"its format is {metadata.get('format')!r}")
-        about = json.loads(metadata["convnet"])
-        probe = about.pop("probe")
-        bundle = Bundle(
-            **{**about, "classes": tuple(about["classes"])},
-            variables=traverse_util.unflatten_dict(tensors, sep="/"),
+        with open(path, "rb") as file:
+            table = tensorfile.read_table(file)
+            about, wanted = bundle_metadata.unpack(table.metadata)
+            bundle_check.check_tensors(Bundle(**about, variables={}), table.tensors)
+            tensors = {
+                name: tensorfile.read(file, entry)
+                for name, entry in table.tensors.items()
+            }
+        bundle = Bundle(**about, variables=_unflatten(tensors))
+        got = Probe.of(bundle.probe())
+    except (OSError, ValueError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        raise ConvnetError(f"{path} is no convnet model file: {error}") from error
+    if got.shape != wanted.shape:
+        raise ConvnetError(
+            f"{path}: the shape of its probe is {list(wanted.shape)}, but the network"
+            f" puts out {list(got.shape)}"
         )
-        _check_leaves(bundle, tensors)
-        wanted = np.asarray(probe["logits"], np.float32).reshape(probe["shape"])
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-        raise ConvnetError(f"{path} is no convnet model file: {e}") from e
-    got = bundle.probe()
-    scale = max(float(np.abs(wanted).max()), 1e-6)
-    error = float(np.abs(got - wanted).max()) / scale if got.size else 0.0
-    if got.shape != wanted.shape or not error <= _PROBE_TOLERANCE:
+    scale = max(float(np.abs(wanted.logits).max()), 1e-6)
+    error = float(np.abs(got.logits - wanted.logits).max()) / scale
+    if not error <= _PROBE_TOLERANCE:
         raise ConvnetError(
             f"{path}: the logits of its probe differ by {error:.2g} of the largest;"
             f" {_PROBE_TOLERANCE:g} is allowed: the weights are not those saved"
@@ -156,18 +256,14 @@ def _flatten(variables: dict[str, Any]) -> dict[str, Any]:
     return traverse_util.flatten_dict(variables, sep="/")
 
 
-def _check_leaves(bundle: Bundle, tensors: dict[str, np.ndarray]) -> None:
-    shape = (1, *bundle.preprocessing["input_shape"])
-    inputs = jax.ShapeDtypeStruct(shape, jnp.float32)
-    wanted = _flatten(jax.eval_shape(bundle.model().init, jax.random.key(0), inputs))
-    missing = sorted(set(wanted) - set(tensors))
-    unexpected = sorted(set(tensors) - set(wanted))
-    if missing or unexpected:
-        raise ValueError(f"missing tensors {missing}, unexpected tensors {unexpected}")
-    for name, leaf in wanted.items():
-        found = tensors[name]
-        if found.shape != leaf.shape or found.dtype != leaf.dtype:
-            raise ValueError(
-                f"tensor {name} is {found.dtype}{list(found.shape)}, want"
-                f" {leaf.dtype}{list(leaf.shape)}"
-            )
+def _unflatten(tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    floats = {name: np.asarray(leaf, np.float32) for name, leaf in tensors.items()}
+    return traverse_util.unflatten_dict(floats, sep="/")
+
+
+def _near(path: Path) -> list[str]:
+    """Names beside a file that is not there, of which one may be meant."""
+    try:
+        return [p.name for p in path.parent.iterdir()][:1000]
+    except (OSError, ValueError):
+        return []
