@@ -2,41 +2,66 @@
 
 Every hostile or broken file ends here, as a `DecodeError` that names the record.
 Supported are JPEG, PNG, WebP, GIF, BMP and TIFF, of an animation the first frame.
+JPEGs are decoded by simplejpeg where it is installed and finds no fault in the file,
+everything else by Pillow: both hold libjpeg-turbo, and their pixels are the same.
 """
 
+import functools
 import io
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
+from convnet.data import headers
+from convnet.data.headers import MAX_PIXELS
+from convnet.data.resize import fit, resized
 from convnet.errors import ConvnetError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# Pillow warns from this size on. With the same limit, every image that it would
-# warn about is refused, and no warning filter (a global) needs to change.
-MAX_PIXELS = 89_478_485
-RESIZE_RULES = ("crop", "squash", "pad")
-_ORIENTATION = 0x0112  # the EXIF tag; what each value takes to set the image upright:
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+try:
+    import simplejpeg
+except ImportError:  # no wheel for this platform: slower, the same pixels
+    simplejpeg = None
+
+# Named one by one, because Image.open tries plugin after plugin and hides why the
+# right one refused.
+_PLUGINS = {
+    "JPEG": JpegImagePlugin.JpegImageFile,
+    "PNG": PngImagePlugin.PngImageFile,
+    "WEBP": WebPImagePlugin.WebPImageFile,
+    "GIF": GifImagePlugin.GifImageFile,
+    "BMP": BmpImagePlugin.BmpImageFile,
+    "TIFF": TiffImagePlugin.TiffImageFile,
 }
+FORMATS = tuple(_PLUGINS)
+# Within the limit of pixels no format needs more: four channels of 16 bits.
+MAX_BYTES = 8 * MAX_PIXELS
+_TILE_TAGS = (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
 # 16-bit grayscale in either byte order.
 _DEEP_GRAY = ("I;16", "I;16L", "I;16B", "I;16N")
+_GRAY_STEPS = {"L;2": 85, "L;4": 17, "L": 1}  # by how much PNG's levels are spread
+_LONGEST_REASON = 200
 
 
 class DecodeError(ConvnetError):
-    """One image cannot be read: `id` names the record, `reason` says why."""
+    """One image cannot be read: `id` names the record, `reason` says why, in a line."""
 
     def __init__(self, id: str, reason: str):
+        # Decoders quote what they found in the file, which may be any characters.
+        line = " ".join(reason.split())[:_LONGEST_REASON]
+        reason = "".join(c if c.isprintable() else "?" for c in line)
         super().__init__(id, reason)
         self.id = id
         self.reason = reason
@@ -51,7 +76,8 @@ def decode(
     """Decodes one image.
 
     EXIF orientation is applied, palettes and CMYK are converted, transparency is laid
-    over white, 16-bit grayscale is scaled to 8 bits.
+    over white, 16-bit grayscale is scaled to 8 bits, 16-bit colour keeps its high byte.
+    A JPEG that is at least four times larger than needed is decoded at reduced scale.
 
     Args:
         data: the file's bytes, or its path.
@@ -69,17 +95,23 @@ def decode(
         DecodeError: the image cannot be read, for whatever reason.
     """
     mode = {1: "L", 3: "RGB"}[channels]
-    with _opened(data, id) as image:
+    data = _read(data, id)
+    pixels = _quick_jpeg(data, size, resize) if channels == 3 else None
+    if pixels is None:
+        image, orientation = _opened(data, id)
         try:
-            if size:
-                _draft(image, size, resize)
-            image.load()
-            pixels = _to_8_bits(_upright(image), mode)
+            if size and image.format == "JPEG":
+                scale = _reduction(*image.size, size, resize)
+                image.draft(None, tuple(max(1, side // scale) for side in image.size))
+            image = _to_8_bits(image, mode)
         except Exception as error:  # Pillow's plugins raise almost anything
             raise DecodeError(id, _reason(error)) from None
-    if size:
-        pixels = _resized(pixels, size, resize)
-    return np.array(pixels).reshape(pixels.height, pixels.width, channels)
+        if orientation != 1:
+            image = Image.fromarray(_upright(np.asarray(image), orientation))
+        if size:
+            image = resized(image, size, resize)
+        return np.array(image).reshape(image.height, image.width, channels)
+    return fit(pixels, size, resize) if size else np.ascontiguousarray(pixels)
 
 
 def shape(data: bytes | str | Path, id: str) -> tuple[int, int]:
@@ -88,11 +120,9 @@ def shape(data: bytes | str | Path, id: str) -> tuple[int, int]:
     Raises:
         DecodeError: the header cannot be read.
     """
-    with _opened(data, id) as image:
-        width, height = image.size
-        # From 5 on the sides change places; Pillow does that for TIFF by itself.
-        turned = image.format != "TIFF" and _orientation(image) >= 5
-        return (width, height) if turned else (height, width)
+    image, orientation = _opened(_read(data, id), id)
+    width, height = image.size
+    return (width, height) if orientation >= 5 else (height, width)
 
 
 @dataclass(frozen=True)
@@ -119,110 +149,144 @@ def _size(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[0]}"
 
 
-def fit(pixels: np.ndarray, size: int, resize: str) -> np.ndarray:
-    """Resizes uint8 (h, w, 1 or 3) by the rules of `decode`, to (size, size, c)."""
-    channels = pixels.shape[-1]
-    image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-    return np.array(_resized(image, size, resize)).reshape(size, size, channels)
-
-
-def _opened(data: bytes | str | Path, id: str) -> Image.Image:
-    """The image with only its header read, checked against the limit of pixels."""
-    if isinstance(data, bytes):
-        empty = not data
-    else:
+def _read(data: bytes | str | Path, id: str) -> bytes:
+    """The whole file: nothing that happens to it from here on matters."""
+    if not isinstance(data, bytes):
         try:
-            empty = os.path.getsize(data) == 0
-        except OSError as error:
-            raise DecodeError(id, error.strerror or str(error)) from None
-    if empty:
+            status = os.stat(data)
+            # Opening a pipe could wait for ever.
+            if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+                raise DecodeError(id, "not a regular file")
+            if status.st_size > MAX_BYTES:
+                raise DecodeError(
+                    id, f"{status.st_size:,} bytes, the limit is {MAX_BYTES:,}"
+                )
+            with open(data, "rb") as file:
+                data = file.read()
+        except (OSError, ValueError) as error:  # ValueError: a name that cannot exist
+            raise DecodeError(id, _reason(error)) from None
+    if not data:
         raise DecodeError(id, "the file is empty")
+    return data
+
+
+def _quick_jpeg(data: bytes, size: int, resize: str) -> np.ndarray | None:
+    """A faultless JPEG's pixels, RGB and upright; None leaves the file to Pillow."""
+    if simplejpeg is None or headers.kind(data) != "JPEG":
+        return None
     try:
-        file = io.BytesIO(data) if isinstance(data, bytes) else data
-        image = Image.open(file, formats=FORMATS)
+        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        headers.check_size(width, height)
+        headers.check_scans(data, width, height)
+        scale = _reduction(width, height, size, resize) if size else 1
+        # The smallest result that is not below these is the one wanted.
+        least = (-(-height // scale), -(-width // scale)) if scale > 1 else (0, 0)
+        pixels = simplejpeg.decode_jpeg(
+            data, "RGB", min_height=least[0], min_width=least[1], strict=True
+        )
+    except Exception:  # CMYK, or a fault: Pillow says which, or puts up with it
+        return None
+    return _upright(pixels, headers.orientation(headers.jpeg_exif(data)))
+
+
+def _opened(data: bytes, id: str) -> tuple[ImageFile.ImageFile, int]:
+    """The image with only its header read, within the limits; its EXIF orientation."""
+    kind = headers.kind(data)
+    if kind is None:
+        raise DecodeError(id, "not an image in " + ", ".join(FORMATS))
+    try:
+        exif = b""
+        if kind == "PNG":
+            data, exif = headers.png_pixels(data)
+        image = _PLUGINS[kind](io.BytesIO(data))
+        headers.check_size(*image.size)
+        if kind == "JPEG":
+            headers.check_scans(data, *image.size)
+        elif kind == "PNG":
+            _correct_transparency(image)
+        elif kind == "TIFF":
+            # One tile is held in memory, whatever the size of the image.
+            headers.check_size(*(image.tag_v2.get(tag, 1) for tag in _TILE_TAGS))
+            areas = [(x1 - x0) * (y1 - y0) for _, (x0, y0, x1, y1), *_ in image.tile]
+            if sum(areas) < image.width * image.height:
+                raise ValueError("strips or tiles of the image are missing")
+        # Pillow sets TIFFs upright by itself.
+        if kind in ("JPEG", "WEBP"):
+            exif = image.info.get("exif", b"")
     except Exception as error:  # see decode
         raise DecodeError(id, _reason(error)) from None
-    width, height = image.size
-    if width * height > MAX_PIXELS or not width * height:
-        image.close()
-        raise DecodeError(id, f"{width}x{height} pixels, the limit is {MAX_PIXELS:,}")
-    return image
+    return image, headers.orientation(exif)
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        # Pillow's own text holds a memory address, or repeats the path.
-        return "not an image in " + ", ".join(FORMATS)
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return f"more pixels than the limit of {MAX_PIXELS:,}"
+    if isinstance(error, MemoryError):
+        return "too large for this machine's memory"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
 
 
-def _draft(image: Image.Image, size: int, resize: str) -> None:
-    """Lets the JPEG decoder reduce by 2, 4 or 8 while twice the target remains.
+def _reduction(width: int, height: int, size: int, resize: str) -> int:
+    """By how much to reduce a JPEG while it is decoded, so that twice `size` remains.
 
-    The antialiased resize that follows then still averages at least 2x2 pixels.
+    The antialiased resize that follows then still averages at least 2x2 pixels. From
+    8 pixels on, both decoders take the same scale.
     """
-    if image.format in ("JPEG", "MPO"):
-        side = max(image.size) if resize == "pad" else min(image.size)
-        width, height = (max(1, 2 * size * length // side) for length in image.size)
-        image.draft(None, (width, height))
+    side = max(width, height) if resize == "pad" else min(width, height)
+    for scale in (8, 4, 2):
+        if side >= 2 * size * scale and min(width, height) >= 8:
+            return scale
+    return 1
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 (upright) where it is absent or unreadable."""
-    try:
-        value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a broken EXIF block does not make the pixels unreadable
-        return 1
-    return value if value in _TURNS else 1
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    # Not ImageOps.exif_transpose: it writes the EXIF block anew, which may fail.
-    orientation = _orientation(image)
-    return image if orientation == 1 else image.transpose(_TURNS[orientation])
+def _correct_transparency(image: ImageFile.ImageFile) -> None:
+    """Brings a PNG's transparent colour to the 8 bits that Pillow gives its pixels."""
+    colour, stored = image.info.get("transparency"), image.tile[0].args
+    if stored in _GRAY_STEPS and isinstance(colour, int):
+        image.info["transparency"] = colour * _GRAY_STEPS[stored] & 255
+    elif stored == "RGB;16B" and colour is not None:
+        image.info["transparency"] = tuple(level >> 8 for level in colour)
 
 
-def _to_8_bits(image: Image.Image, mode: str) -> Image.Image:
-    """Any Pillow mode -> "RGB" or "L"."""
+def _to_8_bits(image: ImageFile.ImageFile, mode: str) -> Image.Image:
+    """Loads an image of any Pillow mode -> "RGB" or "L"."""
     if image.mode in _DEEP_GRAY:
-        # 65535 -> 255 and 0 -> 0, to the nearest.
-        deep = np.asarray(image).astype(np.uint32)
-        image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
+        return _deep_gray(image).convert(mode)
+    if image.mode in ("I", "F"):
         raise ValueError(
             "32-bit pixels have no defined white; convert the image to 8 or 16 bits"
         )
-    elif image.has_transparency_data:
+    image.load()
+    if not image.has_transparency_data:
+        return image if image.mode == mode else image.convert(mode)
+    if image.mode != "RGBA":
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image if image.mode == mode else image.convert(mode)
+    over_white = Image.new("RGB", image.size, "white")
+    over_white.paste(image, mask=image)
+    return over_white.convert(mode)
 
 
-def _resized(image: Image.Image, size: int, resize: str) -> Image.Image:
-    width, height = image.size
-    if (width, height) == (size, size):
-        return image
-    bilinear = Image.Resampling.BILINEAR
-    if resize == "squash":
-        return image.resize((size, size), bilinear)
-    if resize == "crop":
-        # Cropping first keeps a 1 x 10,000 image from growing to size x 10,000 size.
-        short = min(width, height)
-        left, top = (width - short) / 2, (height - short) / 2
-        box = (left, top, left + short, top + short)
-        return image.resize((size, size), bilinear, box=box)
-    if resize == "pad":
-        scale = size / max(width, height)
-        inner = max(1, round(width * scale)), max(1, round(height * scale))
-        result = Image.new(image.mode, (size, size))
-        corner = (size - inner[0]) // 2, (size - inner[1]) // 2
-        result.paste(image.resize(inner, bilinear), corner)
-        return result
-    raise ConvnetError(
-        f"data.resize={resize!r}: wanted one of {', '.join(RESIZE_RULES)}"
-    )
+def _deep_gray(image: ImageFile.ImageFile) -> Image.Image:
+    """12 or 16 bits -> 8, to the nearest: 0 stays 0 and white becomes 255."""
+    levels = _levels(4095 if image.tile[0].args[0] == "I;12" else 65535)
+    transparent = image.info.get("transparency")
+    if transparent is not None:  # a level of a PNG
+        levels = levels.copy()
+        levels[transparent] = 255
+    return Image.fromarray(levels[np.asarray(image)])
+
+
+@functools.cache
+def _levels(white: int) -> np.ndarray:
+    levels = (np.arange(65536) * 255 + white // 2) // white
+    return np.minimum(levels, 255).astype(np.uint8)
