@@ -79,6 +79,13 @@ KEYS: dict[str, Key] = {
         result=False,
         choices=("auto", "device", "stream"),
     ),
+    "data.cache": Key(
+        "none",
+        "folder in which decoded images are kept, so that each is decoded once: an"
+        " entry goes by the content of its file, and none is ever deleted; auto: the"
+        " user's (~/.cache/convnet/images); none: off",
+        result=False,
+    ),
     "data.workers": Key(
         0, "processes that read and decode when streaming; 0: threads", result=False
     ),
@@ -149,6 +156,18 @@ KEYS: dict[str, Key] = {
     "optimizer.beta2": Key(0.999, "beta2 (adamw, lamb)", high=0.999999),
     "optimizer.weight_decay": Key(0.0, "weight decay; never on biases and norms"),
     "optimizer.clip_norm": Key(0.0, "clip the gradient's global norm; 0: off"),
+    "optimizer.normalize": Key(
+        False, "muon: kernels are kept at a norm of sqrt(features)"
+    ),
+    "optimizer.newton_schulz": Key(5, "muon: steps of the orthogonalisation", low=1),
+    "optimizer.head_lr": Key(0.1, "muon: peak rate of the head, which SGD trains"),
+    "optimizer.bias_lr": Key(0.1, "muon: peak rate of biases and norms, likewise"),
+    "optimizer.rest_momentum": Key(
+        0.85, "muon: momentum of what SGD trains", high=0.9999
+    ),
+    "optimizer.whiten_until": Key(
+        0.375, "muon: share of the run in which a whitening layer's bias learns", high=1
+    ),
     "optimizer.accumulate": Key(1, "microbatches in a step", low=1),
     "optimizer.ema": Key(
         0.0, "decay of the weights' moving average; 0: off", high=0.999999
@@ -156,7 +175,7 @@ KEYS: dict[str, Key] = {
     "schedule.name": Key(
         "cosine",
         "learning rate over the run",
-        choices=("constant", "cosine", "one_cycle", "step"),
+        choices=("constant", "cosine", "linear", "one_cycle", "step"),
     ),
     "schedule.warmup": Key(0.0, "share of the steps that warm up linearly", high=0.99),
     "schedule.steps": Key(
@@ -168,9 +187,20 @@ KEYS: dict[str, Key] = {
     ),
     "train.epochs": Key(10.0, "passes over the training split"),
     "train.steps": Key(0, "steps instead of epochs; 0: by epochs"),
+    "train.steps_per_dispatch": Key(
+        0, "steps compiled into one program; 0: one on a CPU, else up to an epoch"
+    ),
     "train.log_every": Key(50, "steps between two lines of metrics", False, low=1),
     "train.eval_every": Key(
         1.0, "epochs between two evaluations; 0: only at the end", result=False
+    ),
+    "evaluate.tta": Key(
+        "none",
+        "average over views: the mirror image; that and moves by a pixel (six views)",
+        choices=("none", "flip", "flip_translate"),
+    ),
+    "evaluate.tta_below": Key(
+        1.0, "only where the most probable class has no more than this", high=1
     ),
     "checkpoint.every_steps": Key(
         0,

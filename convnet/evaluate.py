@@ -3,6 +3,8 @@
 usage: python -m convnet.evaluate --model=M --config=experiments/X.py [--output=DIR]
 """
 
+import dataclasses
+import functools
 import shlex
 import sys
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from absl import flags
 
@@ -24,16 +27,70 @@ from convnet.task import Binary, Classification, Regression, Task
 PredictStep = Callable[..., dict[str, jax.Array]]
 
 
-def predict_split(
-    predict: PredictStep, variables: Any, split: pipeline.Split, batch_size: int
+@dataclasses.dataclass(frozen=True)
+class _Picked:
+    """`pipeline.EvalOrder` over some of the examples."""
+
+    index: np.ndarray
+    batch_size: int
+
+    def __len__(self) -> int:
+        return len(pipeline.EvalOrder(len(self.index), self.batch_size))
+
+    def __call__(self, step: int) -> pipeline.HostBatch:
+        batch = pipeline.EvalOrder(len(self.index), self.batch_size)(step)
+        return {**batch, "index": self.index[batch["index"]]}
+
+
+def predict_views(
+    predict: PredictStep,
+    variables: Any,
+    split: pipeline.Split,
+    config: ml_collections.ConfigDict,
 ) -> dict[str, np.ndarray]:
-    """Runs the predict step over a split.
+    """`predict_split` with the test-time augmentation that config.evaluate asks for."""
+    batch_size, views = config.data.batch_size, config.evaluate.tta
+    predicted = predict_split(predict, variables, split, batch_size)
+    if views == "none":
+        return predicted
+    rows = np.arange(len(predicted["index"]))
+    if config.evaluate.tta_below < 1:
+        rows = rows[_confidence(predicted["prediction"]) <= config.evaluate.tta_below]
+    if not len(rows):
+        return predicted
+    again = predict_split(
+        functools.partial(predict, views=views),
+        variables,
+        split,
+        batch_size,
+        _Picked(predicted["index"][rows], batch_size),
+    )
+    for name, values in again.items():
+        predicted[name][rows] = values
+    return predicted
+
+
+def _confidence(probabilities: np.ndarray) -> np.ndarray:
+    """The probability of the most probable class; (n, k), or (n,) of one of two."""
+    if probabilities.ndim == 1:
+        return np.maximum(probabilities, 1 - probabilities)
+    return probabilities.max(-1)
+
+
+def predict_split(
+    predict: PredictStep,
+    variables: Any,
+    split: pipeline.Split,
+    batch_size: int,
+    order: _Picked | None = None,
+) -> dict[str, np.ndarray]:
+    """Runs the predict step over a split, or the part of it that `order` picks.
 
     Returns:
       `index` (n,), `label` and `prediction` (n, ...), and the task's metrics (n,) of
       the n readable examples, in the order of the data.
     """
-    order = pipeline.EvalOrder(split.examples, batch_size)
+    order = order or pipeline.EvalOrder(split.examples, batch_size)
     outputs: list[dict[str, jax.Array]] = []
     for batch in split.batches(order, 0, len(order)):
         outputs.append(
@@ -166,9 +223,7 @@ def main(values: flags.FlagValues) -> None:
             f"the model's classes are {bundle.classes}, those of the data"
             f" {it.dataset.classes}"
         )
-    it.predicted = predict_split(
-        it.predict, bundle.variables, it.split("test"), config.data.batch_size
-    )
+    it.predicted = predict_views(it.predict, bundle.variables, it.split("test"), config)
     found = {f"test/{name}": value for name, value in means(it.predicted).items()}
     for name, value in found.items():
         print(f"{name}: {value:.6g}")

@@ -26,15 +26,13 @@ def finish(it: Run, workdir: Workdir, command: str) -> dict[str, Any]:
     Returns:
       The content of result.json.
     """
-    if it.predicted is None:  # The run was killed between its last step and here.
-        it.predicted = evaluate.predict_split(
-            it.predict,
-            it.state.variables(),
-            it.split("test"),
-            it.config.data.batch_size,
+    # None: the run was killed between its last step and here.
+    if it.predicted is None or it.config.evaluate.tta != "none":
+        it.predicted = evaluate.predict_views(
+            it.predict, it.state.variables(), it.split("test"), it.config
         )
     result = _result(it, evaluate.means(it.predicted))
-    bundle.save(workdir.path / "model.safetensors", _bundle(it, result))
+    bundle.save(workdir.path / "model.safetensors", _bundle(it, result, command))
     contents = page(it, workdir, result, command)
     report.write(workdir.path / "report.html", contents)
     workdir.write_json("result.json", result)
@@ -69,9 +67,13 @@ def _result(it: Run, means: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def _bundle(it: Run, result: dict[str, Any]) -> bundle.Bundle:
+def _bundle(it: Run, result: dict[str, Any], command: str) -> bundle.Bundle:
     config, task = it.config, it.recipe.task
-    origin = {"data": config.data.name, "config": config_lib.result_keys(config)}
+    origin = {
+        "command": command,
+        "data": config.data.name,
+        "config": config_lib.result_keys(config),
+    }
     return bundle.Bundle(
         architecture={
             "name": config.model.name,

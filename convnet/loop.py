@@ -1,7 +1,6 @@
 """The training loop: step, log, evaluate, save, from one step to the last."""
 
 import collections
-import itertools
 import math
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from convnet import mesh as mesh_lib
 from convnet import step as step_lib
 from convnet.checkpoint import Checkpoints
 from convnet.cli import Interrupted
+from convnet.data import pipeline
 from convnet.errors import ConvnetError
 from convnet.prepare import Run
 from convnet.progress import Progress, Signals
@@ -23,6 +23,10 @@ from convnet.workdir import Workdir
 # How many steps may be under way before the loop waits: enough to keep a device busy,
 # few enough that Ctrl-C is answered soon.
 _STEPS_AHEAD = {"cpu": 2}
+_STEPS_AHEAD_ELSEWHERE = 32
+# On an accelerator as many steps go into one program as the loop may leave alone. On a
+# CPU a compiled loop around a step is many times slower than the step.
+_MOST_STEPS_TOGETHER = 100
 
 
 class Loop:
@@ -40,6 +44,7 @@ class Loop:
         self._pending: collections.deque[dict[str, jax.Array]] = collections.deque()
         self._waited = 0.0
         self._logged_seconds = it.train_seconds
+        self._compiled: dict[int, Any] = {}
 
     def run(self) -> None:
         """Runs to the last step.
@@ -50,60 +55,101 @@ class Loop:
             many images cannot be read.
         """
         it = self._it
-        split = it.split("train")
-        batches = split.batches(it.train_order, self._start, it.total_steps)
-        first = next(batches)
-        train = it.compile(
-            step_lib.train_step,
-            it.state,
-            split.data,
-            first,
-            donate_argnums=0,
-            out_shardings=mesh_lib.replicated(it.mesh),
-        )
         self._progress = Progress(self._start, it.total_steps)
+        dispatches = self._dispatches()
         with Signals() as signals:
             try:
-                batches = self._timed(itertools.chain([first], batches))
-                for batch in batches:
-                    it.state, metrics = train(it.state, split.data, batch)
-                    self._count(metrics)
-                    self._after_step(signals)
+                # Off the clock: opening the data, starting workers.
+                dispatch = next(dispatches, None)
+                self._clock = time.perf_counter()
+                while dispatch is not None:
+                    steps, batch = dispatch
+                    train = self._train(steps, batch)
+                    it.state, metrics = train(it.state, it.split("train").data, batch)
+                    self._count(steps, metrics)
+                    self._after_step(steps, signals)
+                    dispatch = self._next(dispatches)
             finally:
-                batches.close()
+                dispatches.close()
                 self._progress.close()
 
-    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Clocks the waiting for input."""
-        self._clock = time.perf_counter()
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self._waited += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
+    def _dispatches(self) -> Iterator[tuple[int, Any]]:
+        """Yields how many steps go together, and their batch; stacked if several.
 
-    def _count(self, metrics: dict[str, jax.Array]) -> None:
+        Where one ends depends on the step alone, not on where a run was resumed.
+        """
+        it = self._it
+        split = it.split("train")
+        together = self._steps_together(split)
+        if together == 1:
+            for batch in split.batches(it.train_order, self._start, it.total_steps):
+                yield 1, batch
+            return
+        start = self._start
+        while start < it.total_steps:
+            stop = start + 1
+            while stop % together and not any(self._due(stop, stop - 1)):
+                stop += 1
+            yield stop - start, split.stack(it.train_order, start, stop)
+            start = stop
+
+    def _steps_together(self, split: pipeline.Split) -> int:
+        if not split.data:  # streamed
+            return 1
+        if self._config.train.steps_per_dispatch:
+            return self._config.train.steps_per_dispatch
+        if jax.default_backend() == "cpu":
+            return 1
+        epoch = self._it.train_order.examples // self._config.data.batch_size
+        return min(max(epoch, 1), _MOST_STEPS_TOGETHER)
+
+    def _next(self, dispatches: Iterator[tuple[int, Any]]) -> tuple[int, Any] | None:
+        """Clocks the waiting for input."""
+        start = time.perf_counter()
+        dispatch = next(dispatches, None)
+        self._waited += time.perf_counter() - start
+        return dispatch
+
+    def _train(self, steps: int, batch: Any) -> Any:
+        """The compiled program of so many steps, off the clock of training."""
+        if steps not in self._compiled:
+            it = self._it
+            start = time.perf_counter()
+            self._compiled[steps] = it.compile(
+                step_lib.train_step if steps == 1 else step_lib.train_steps,
+                it.state,
+                it.split("train").data,
+                batch,
+                donate_argnums=0,
+                out_shardings=mesh_lib.replicated(it.mesh),
+            )
+            self._clock += time.perf_counter() - start
+        return self._compiled[steps]
+
+    def _count(self, steps: int, metrics: dict[str, jax.Array]) -> None:
         self._pending.append(metrics)
-        self._done += 1
-        self._progress.advance()
-        ahead = _STEPS_AHEAD.get(jax.default_backend(), 32)
+        self._done += steps
+        self._progress.advance(steps)
+        ahead = _STEPS_AHEAD.get(jax.default_backend(), _STEPS_AHEAD_ELSEWHERE)
+        ahead = max(ahead // steps, 1)
         if len(self._pending) > ahead:
             jax.block_until_ready(self._pending[-1 - ahead])
 
-    def _after_step(self, signals: Signals) -> None:
-        last = self._done == self._it.total_steps
-        evaluates = last or self._passes(self._epoch_of, self._config.train.eval_every)
+    def _due(self, done: int, before: int) -> tuple[bool, bool]:
+        """Whether to evaluate, and whether to save, after step `done`."""
+        last = done == self._it.total_steps
         every = self._config.checkpoint.every_steps
-        saves = evaluates or bool(every and self._done % every == 0)
-        interrupted = signals.received is not None and not last
-        if (
-            evaluates
-            or saves
-            or interrupted
-            or self._done % self._config.train.log_every == 0
-        ):
+        evaluates = last or self._passes(
+            self._epoch_of(done), self._epoch_of(before), self._config.train.eval_every
+        )
+        return evaluates, evaluates or self._passes(done, before, every)
+
+    def _after_step(self, steps: int, signals: Signals) -> None:
+        before = self._done - steps
+        evaluates, saves = self._due(self._done, before)
+        interrupted = signals.received is not None and self._done < self._it.total_steps
+        logs = self._passes(self._done, before, self._config.train.log_every)
+        if logs or saves or interrupted:
             self._flush()
         if evaluates or saves or interrupted:
             self._check_state()
@@ -123,12 +169,9 @@ class Loop:
     def _epoch_of(self, done: int) -> float:
         return done * self._config.data.batch_size / self._it.train_order.examples
 
-    def _passes(self, measure: Any, every: float) -> bool:
-        """Whether this step took `measure` past a multiple of `every` (0: never)."""
-        if not every:
-            return False
-        now, before = measure(self._done) / every, measure(self._done - 1) / every
-        return math.floor(now) > math.floor(before)
+    def _passes(self, now: float, before: float, every: float) -> bool:
+        """Whether a multiple of `every` was passed (0: never)."""
+        return bool(every) and math.floor(now / every) > math.floor(before / every)
 
     def _flush(self) -> None:
         """Fetches the pending metrics, checks them, writes a line.
@@ -137,7 +180,7 @@ class Loop:
           ConvnetError: a loss was NaN or infinite.
         """
         it = self._it
-        rows = jax.device_get(list(self._pending))
+        rows = _rows(jax.device_get(list(self._pending)))
         self._pending.clear()
         now = time.perf_counter()
         it.train_seconds += now - self._clock
@@ -213,3 +256,13 @@ class Loop:
         it = self._it
         about = {"train_seconds": it.train_seconds}
         self._checkpoints.save(self._done, it.state, about, score)
+
+
+def _rows(fetched: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """One dict a step, of the metrics of single steps and of several, (steps,)."""
+    rows = []
+    for metrics in fetched:
+        columns = {name: np.atleast_1d(value) for name, value in metrics.items()}
+        for place in range(len(columns["count"])):
+            rows.append({name: value[place] for name, value in columns.items()})
+    return rows

@@ -88,6 +88,12 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return jax.device_put(batch, batched(mesh))
 
 
+def put_batches(mesh: Mesh, batches: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """`put_batch` for a stack of batches (steps, b, ...): split along the second."""
+    spec = PartitionSpec(None, "data")
+    return jax.device_put(batches, NamedSharding(mesh, spec))
+
+
 def put_whole(mesh: Mesh, tree: Any) -> Any:
     """Puts a tree of arrays on every device."""
     return jax.device_put(tree, replicated(mesh))

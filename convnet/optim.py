@@ -4,7 +4,6 @@ Whatever depends on time is computed from the step count inside the optimizer's 
 state, so that a checkpoint of that state is all that is needed to go on.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,15 +12,12 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from convnet import muon
+
 OPTIMIZERS = ("sgd", "adamw", "lamb", "muon")
-SCHEDULES = ("constant", "cosine", "one_cycle", "step")
+SCHEDULES = ("constant", "cosine", "linear", "one_cycle", "step")
 
 Schedule = Callable[[ArrayLike], jax.Array]
-
-# Newton-Schulz coefficients of Jordan 2024: the steepest slope at zero, at the price of
-# singular values that end anywhere from 0.68 to 1.21 rather than at 1.
-_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-_NEWTON_SCHULZ_STEPS = 5
 
 
 def create(
@@ -39,17 +35,14 @@ def create(
       by the current lr as in PyTorch; epsilon 1e-8.
     - `lamb`: You et al. 2020, arXiv:1904.00962; epsilon 1e-6. As in the authors' code,
       leaves without decay (biases, norm scales) have a trust ratio of 1.
-    - `muon`: Jordan et al. 2024, kellerjordan.github.io/posts/muon. The momentum of
-      each kernel, (*spatial, in, out) seen as (spatial * in, out), is orthogonalised.
-      The head and all vectors go through AdamW. Updates are scaled by
-      0.2 * sqrt(max(rows, columns)), which gives them about the root mean square of
-      AdamW's (Liu et al. 2025, arXiv:2502.16982): one lr, one decoupled decay.
+    - `muon`: see `convnet.muon`; the head, the biases and all other vectors go through
+      `sgd` with rates and a momentum of their own.
 
     `momentum` is beta1 of Adam's moments; `beta2` their second decay; `nesterov` counts
     for sgd and muon.
 
     Args:
-        optimizer: has name, lr, momentum, nesterov, beta2, weight_decay, clip_norm.
+        optimizer: the section of the config.
         schedule: has name, warmup, steps, factor, final; see `create_schedule`.
         total_steps: number of updates of the whole run.
 
@@ -61,6 +54,8 @@ def create(
         ValueError: an unknown name or a number outside its range.
     """
     schedule_fn = create_schedule(schedule, optimizer.lr, total_steps)
+    if optimizer.name == "muon":
+        return muon.create(optimizer, schedule_fn, total_steps), schedule_fn
     adam = {"b1": optimizer.momentum, "b2": optimizer.beta2}
     trace = optax.trace(optimizer.momentum, nesterov=optimizer.nesterov)
     decay = optax.identity()
@@ -73,10 +68,6 @@ def create(
     elif optimizer.name == "lamb":
         trust = optax.masked(optax.scale_by_trust_ratio(), weight_decay_mask)
         rule = [optax.scale_by_adam(**adam, eps=1e-6), decay, trust]
-    elif optimizer.name == "muon":
-        muon = optax.chain(trace, optax.stateless(_muon_direction))
-        rules = {"muon": muon, "adamw": optax.scale_by_adam(**adam)}
-        rule = [optax.partition(rules, _muon_labels), decay]
     else:
         raise ValueError(
             f"optimizer.name is {optimizer.name!r}: known are {', '.join(OPTIMIZERS)}"
@@ -97,8 +88,9 @@ def create_schedule(schedule: Any, lr: float, total_steps: int) -> Schedule:
     - `constant`: lr.
     - `cosine`: lr * (final + (1 - final) * (1 + cos(pi * p)) / 2), Loshchilov and
       Hutter 2017, arXiv:1608.03983, without restarts.
-    - `one_cycle`: lr * (1 - (1 - final) * p), a line up and a line down, Smith 2018,
-      arXiv:1803.09820; `warmup` 0 means 0.3. Momentum is not cycled.
+    - `linear`: lr * (1 - (1 - final) * p).
+    - `one_cycle`: the same, a line up and a line down, Smith 2018, arXiv:1803.09820;
+      `warmup` 0 means 0.3. Momentum is not cycled.
     - `step`: lr * factor ** (number of `steps` passed); the drop at fraction f counts
       from update round(f * total_steps) on.
 
@@ -142,7 +134,7 @@ def create_schedule(schedule: Any, lr: float, total_steps: int) -> Schedule:
         progress = jnp.clip((step - warmup_steps) / decay_steps, 0.0, 1.0)
         if name == "cosine":
             value *= final + (1 - final) * (1 + jnp.cos(jnp.pi * progress)) / 2
-        elif name == "one_cycle":
+        elif name in ("linear", "one_cycle"):
             value *= 1 - (1 - final) * progress
         elif name == "step":
             for drop in drops:
@@ -183,50 +175,3 @@ def ema_update(ema: Any, params: Any, decay: float, step: ArrayLike) -> Any:
     step = jnp.asarray(step).astype(jnp.float32)
     share = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda old, new: old + share * (new - old), ema, params)
-
-
-def orthogonalize(matrices: jax.Array) -> jax.Array:
-    """Replace singular values by about 1 (0.68 to 1.21): five Newton-Schulz steps.
-
-    Args:
-        matrices: (..., rows, columns) float32.
-
-    Returns:
-        The same shape; zero for a zero matrix. Singular values below about 0.2% of
-        the Frobenius norm end lower.
-    """
-    a, b, c = _NEWTON_SCHULZ
-    rows, columns = matrices.shape[-2:]
-    x = jnp.swapaxes(matrices, -1, -2) if rows > columns else matrices
-    x /= jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7
-    # Unrolled: on a CPU a compiled loop around matrix products is many times slower.
-    for _ in range(_NEWTON_SCHULZ_STEPS):
-        gram = x @ jnp.swapaxes(x, -1, -2)
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return jnp.swapaxes(x, -1, -2) if rows > columns else x
-
-
-def _muon_labels(params: Any) -> Any:
-    def label(path: tuple, leaf: jax.Array) -> str:
-        in_head = jax.tree_util.keystr(path[:1], simple=True).startswith("head")
-        return "muon" if leaf.ndim > 1 and not in_head else "adamw"
-
-    return jax.tree.map_with_path(label, params)
-
-
-def _muon_direction(momentum: Any, params: Any) -> Any:
-    """Orthogonalise each leaf, and scale it to the root mean square of AdamW."""
-    del params
-    leaves, treedef = jax.tree.flatten(momentum)
-    matrices = [leaf.reshape(-1, leaf.shape[-1]) for leaf in leaves]
-    # Matrices of one shape go together: networks repeat a few shapes many times, and
-    # small products are bound by the cost of starting them.
-    places: dict[tuple[int, ...], list[int]] = {}
-    for place, matrix in enumerate(matrices):
-        places.setdefault(matrix.shape, []).append(place)
-    for shape, group in places.items():
-        stacked = orthogonalize(jnp.stack([matrices[place] for place in group]))
-        stacked *= 0.2 * math.sqrt(max(shape))
-        for index, place in enumerate(group):
-            leaves[place] = stacked[index].reshape(leaves[place].shape)
-    return treedef.unflatten(leaves)

@@ -44,7 +44,7 @@ class Run:
     train_seconds: float = 0.0
     predicted: dict[str, Any] | None = None
     splits: dict[str, pipeline.Split] = dataclasses.field(default_factory=dict)
-    _predict: Any = None
+    _predict: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def split(self, name: str) -> pipeline.Split:
         """Returns the split "train" or "test", opened when it is first needed."""
@@ -68,11 +68,14 @@ class Run:
         self.compile_seconds += time.perf_counter() - start
         return compiled
 
-    def predict(self, variables: Any, data: Any, batch: Any) -> dict[str, jax.Array]:
+    def predict(
+        self, variables: Any, data: Any, batch: Any, views: str = "none"
+    ) -> dict[str, jax.Array]:
         """The compiled predict step."""
-        if self._predict is None:
-            self._predict = self.compile(step_lib.predict_step, variables, data, batch)
-        return self._predict(variables, data, batch)
+        if views not in self._predict:
+            step = functools.partial(step_lib.predict_step, views=views)
+            self._predict[views] = self.compile(step, variables, data, batch)
+        return self._predict[views](variables, data, batch)
 
 
 def prepare(config: ml_collections.ConfigDict) -> Run:
@@ -160,7 +163,9 @@ def _check_shapes(recipe: Recipe, record: dict[str, Any]) -> None:
 
 def initial_state(it: Run) -> TrainState:
     """Initialises the state on the mesh, under jit."""
-    example = jnp.asarray(pipeline.first(it.dataset.train)["input"][None])
+    count = min(step_lib.init_examples(it.recipe), len(it.dataset.train))
+    records = measure.spread(it.dataset.train, count)
+    inputs = jnp.asarray(np.stack([record["input"] for record in records]))
     create = functools.partial(step_lib.create_state, it.recipe)
     start = time.perf_counter()
     # Run once: compiling the random draws well would take ten times as long.
@@ -169,7 +174,7 @@ def initial_state(it: Run) -> TrainState:
         create,
         out_shardings=mesh_lib.replicated(it.mesh),
         compiler_options=options if jax.default_backend() == "cpu" else None,
-    )(example)
+    )(inputs)
     jax.block_until_ready(state)
     it.compile_seconds += time.perf_counter() - start
     return state

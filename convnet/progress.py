@@ -24,10 +24,10 @@ class Progress:
         if sys.stderr.isatty():
             self._bar = tqdm(initial=start, total=total, unit="step", smoothing=0.1)
 
-    def advance(self) -> None:
-        """Counts one step."""
+    def advance(self, steps: int) -> None:
+        """Counts steps."""
         if self._bar is not None:
-            self._bar.update()
+            self._bar.update(steps)
 
     def log(self, step: int, row: dict[str, float], seconds_left: float) -> None:
         """Shows the newest training metrics."""

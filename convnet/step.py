@@ -1,6 +1,7 @@
 """The train and predict steps: pure functions of state and batch."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from convnet import optim
+from convnet import optim, tta
 from convnet.data import augment
 from convnet.task import Task
 
@@ -61,7 +62,13 @@ class Recipe:
 
 
 def create_state(recipe: Recipe, inputs: jax.Array) -> TrainState:
-    """Initialises the state; `inputs` (1, *spatial, c) gives shape and dtype."""
+    """Initialises the state.
+
+    Args:
+      recipe: what stays the same.
+      inputs: (n, *spatial, c), as many as `init_examples` says; most networks look at
+        the shape alone.
+    """
     normal = normalize(to_unit(inputs), recipe.mean, recipe.std)
     variables = recipe.model.init(recipe.key(0, 0), normal, train=False)
     params = variables["params"]
@@ -182,10 +189,39 @@ def train_step(
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
 
+def init_examples(recipe: Recipe) -> int:
+    """Returns how many training inputs the network measures its first layer on."""
+    return getattr(recipe.model.base, "init_examples", 1)
+
+
+def train_steps(
+    state: TrainState, data: Batch, batches: Batch, *, recipe: Recipe
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Several updates in one program: one dispatch keeps an accelerator busy for long.
+
+    Args:
+      state, data, recipe: as in `train_step`.
+      batches: of `train_step`, stacked: (steps, b).
+
+    Returns:
+      The last state, and the metrics of each step, (steps,).
+    """
+
+    def one(state: TrainState, batch: Batch) -> Any:
+        return train_step(state, data, batch, recipe=recipe)
+
+    return jax.lax.scan(one, state, batches)
+
+
 def predict_step(
-    variables: dict[str, Any], data: Batch, batch: Batch, *, recipe: Recipe
+    variables: dict[str, Any],
+    data: Batch,
+    batch: Batch,
+    *,
+    recipe: Recipe,
+    views: str = "none",
 ) -> dict[str, jax.Array]:
-    """Predicts a batch.
+    """Predicts a batch, from the mean of the logits for `tta.VIEWS` of it.
 
     Returns:
       `prediction` (b, ...), `label` (b, ...), `weight` (b,), and the task's metrics,
@@ -193,7 +229,8 @@ def predict_step(
     """
     batch = materialize(data, batch)
     inputs = normalize(to_unit(batch["input"]), recipe.mean, recipe.std)
-    logits = recipe.model.apply(variables, inputs, train=False)
+    apply = functools.partial(recipe.model.apply, variables, train=False)
+    logits = tta.logits(apply, inputs, views)
     target = recipe.task.target(batch["label"])
     return {
         "prediction": recipe.task.predict(logits),

@@ -19,10 +19,8 @@ def mean_and_std(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
       Two tuples of c numbers, in units of `step.to_unit` (images: 0 to 1), rounded to 4
       digits, from up to 1,024 evenly spaced examples: the same on every path.
     """
-    count = min(len(source), _MEASURED_EXAMPLES)
-    picked = np.linspace(0, len(source) - 1, count).astype(int)
     means, squares = [], []
-    for record in _records(source, picked):
+    for record in spread(source, _MEASURED_EXAMPLES):
         values = record["input"].reshape(-1, record["input"].shape[-1])
         values = values.astype(np.float64)
         if record["input"].dtype == np.uint8:
@@ -38,8 +36,9 @@ def mean_and_std(source: Source) -> tuple[tuple[float, ...], tuple[float, ...]]:
     )
 
 
-def _records(source: Source, indices: np.ndarray) -> Iterator[dict[str, Any]]:
-    """The records of some indices, a few at a time; good ones stand in for bad."""
+def spread(source: Source, count: int) -> Iterator[dict[str, Any]]:
+    """Yields `count` evenly spaced records; good ones stand in for unreadable ones."""
+    indices = np.linspace(0, len(source) - 1, min(len(source), count)).astype(int)
     for start in range(0, len(indices), 32):
         part = indices[start : start + 32]
         order = {"index": part, "weight": np.ones(len(part), np.float32)}
@@ -53,8 +52,7 @@ def fingerprint(dataset: Dataset) -> dict[str, Any]:
     found: dict[str, Any] = {"classes": list(dataset.classes)}
     for name in ("train", "test"):
         source, digest = getattr(dataset, name), hashlib.sha256()
-        picked = np.linspace(0, len(source) - 1, min(len(source), 32)).astype(int)
-        for record in _records(source, picked):
+        for record in spread(source, 32):
             for value in (record["input"], record["label"]):
                 digest.update(np.ascontiguousarray(value).tobytes())
         found[name] = {"examples": len(source), "sample/sha256": digest.hexdigest()}

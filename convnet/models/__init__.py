@@ -20,6 +20,7 @@ from convnet.models.cnn import cnn
 from convnet.models.intermediates import taps
 from convnet.models.layers import Classifier
 from convnet.models.resnet import resnet, resnet9
+from convnet.models.speednet import speednet
 from convnet.models.vgg import vgg, vgg_bn
 
 _CONSTRUCTORS: dict[str, Callable[..., Classifier]] = {
@@ -37,6 +38,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Classifier]] = {
     "resnet34": partial(resnet, "resnet34"),
     "resnet50": partial(resnet, "resnet50"),
     "resnet101": partial(resnet, "resnet101"),
+    "speednet": speednet,
 }
 NAMES = tuple(_CONSTRUCTORS)
 

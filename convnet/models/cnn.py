@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from flax import linen as nn
 
-from convnet.models import layers
+from convnet.models import layers, pooling
 from convnet.models.intermediates import tap, tapped
 from convnet.models.layers import Array, Dtype
 
@@ -45,7 +45,7 @@ class ConvBase(nn.Module):
                 dtype=self.dtype,
                 name=f"block{i}",
             )(x, train)
-        return tap(self, "features", layers.gather(x, self.gather))
+        return tap(self, "features", pooling.gather(x, self.gather))
 
 
 class ConvBlock(nn.Module):
@@ -77,12 +77,15 @@ class ConvBlock(nn.Module):
                 norm = layers.BatchNorm(
                     self.bn_momentum, dtype=self.dtype, name=f"norm{i}"
                 )
-                x = tapped(self, norm, x, train)
-            x = tap(self, f"relu{i}", nn.relu(x))
+                x = layers.normalize_and_activate(
+                    self, norm, x, train, "relu", f"relu{i}"
+                )
+            else:
+                x = tap(self, f"relu{i}", nn.relu(x))
         if self.pool == "none":
             return x
         try:
-            x = layers.POOLS[self.pool](x, 2)
+            x = pooling.POOLS[self.pool](x, 2)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from None
         return tap(self, "pool", x)

@@ -11,8 +11,8 @@ from flax import traverse_util
 # Collections come back from a compiled function sorted by letter. The order of the
 # network is the stem, then numbered parts by number, then these words.
 # A pool that comes before the norm has a name of its own for that: "conv_pool".
-_ORDER = ("base", "head", "conv", "conv_pool", "dense", "norm")
-_ORDER += ("shortcut_conv", "shortcut_norm", "add", "relu", "pool")
+_ORDER = ("base", "head", "whiten", "conv", "conv_pool", "dense", "norm")
+_ORDER += ("shortcut_conv", "shortcut_norm", "add", "relu", "gelu", "pool")
 _ORDER += ("features", "logits")
 
 

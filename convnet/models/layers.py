@@ -1,20 +1,18 @@
-"""Convolution, pooling and normalisation: the one place where each of them lives.
+"""Convolution, normalisation and the dense head: the one place where each lives.
 
 All take arrays `(b, *spatial, c)` with one to four spatial axes. Parameters and
 statistics are float32 whatever dtype a layer computes in.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from convnet.models import lowering
+from convnet.models import fused, lowering
 from convnet.models.intermediates import tap, tapped
 
 Array = jax.Array
@@ -92,12 +90,13 @@ class Conv(nn.Module):
     padding: str | int = "SAME"
     use_bias: bool = True
     dtype: Dtype = jnp.float32
+    kernel_init: Callable[..., Array] = he_init
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         size = _per_axis(self.kernel, x.ndim - 2)
         shape = (*size, x.shape[-1], self.features)
-        kernel = self.param("kernel", he_init, shape, jnp.float32)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         y = convolve(x, kernel, self.stride, self.padding)
         if self.use_bias:
@@ -119,128 +118,63 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     dtype: Dtype = jnp.float32
     scale_init: Callable[..., Array] = nn.initializers.ones
+    use_scale: bool = True
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
+    def __call__(self, x: Array, train: bool, activation: str = "none") -> Array:
         c = x.shape[-1:]
-        scale = self.param("scale", self.scale_init, c, jnp.float32)
+        scale = jnp.ones(c, jnp.float32)
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, c, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, c, jnp.float32)
         mean = self.variable("batch_stats", "mean", jnp.zeros, c, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, c, jnp.float32)
-        x = x.astype(jnp.float32)
-        if train:
-            axes = tuple(range(x.ndim - 1))
-            mu = jnp.mean(x, axes)
-            # Not mean(x^2) - mean(x)^2, which saves a pass over the array and loses all
-            # digits where the mean is large against the spread.
-            sigma2 = jnp.mean(jnp.square(x - mu), axes)
-            if not self.is_initializing():
-                m = self.momentum
-                mean.value = m * mean.value + (1 - m) * mu
-                var.value = m * var.value + (1 - m) * sigma2
+        if train and lowering.on_cpu():
+            y, mu, sigma2 = fused.batch_norm(x, scale, bias, self.epsilon, activation)
         else:
+            wide = x.astype(jnp.float32)
             mu, sigma2 = mean.value, var.value
-        y = (x - mu) * (scale * lax.rsqrt(sigma2 + self.epsilon)) + bias
+            if train:
+                axes = tuple(range(x.ndim - 1))
+                mu = jnp.mean(wide, axes)
+                # Not mean(x^2) - mean(x)^2, which saves a pass over the array and loses
+                # all digits where the mean is large against the spread.
+                sigma2 = jnp.mean(jnp.square(wide - mu), axes)
+            y = (wide - mu) * (scale * lax.rsqrt(sigma2 + self.epsilon)) + bias
+            y = fused.activate(y, activation)
+        if train and not self.is_initializing():
+            m = self.momentum
+            mean.value = m * mean.value + (1 - m) * mu
+            var.value = m * var.value + (1 - m) * sigma2
         return y.astype(self.dtype)
 
 
-def max_pool(
-    x: Array, window: int, stride: int | None = None, padding: int = 0
+def normalize_and_activate(
+    parent: nn.Module,
+    norm: BatchNorm,
+    x: Array,
+    train: bool,
+    activation: str,
+    name: str,
 ) -> Array:
-    """The largest value in each window of `window` per axis; padding never wins.
+    """Calls `norm` and the activation, which `parent` taps under `name`.
 
-    `stride` is the window's size unless given. What does not fill a window at the end
-    of an axis is dropped, here and in the other pools.
-
-    Windows that do not overlap are a reshape and a maximum, which a CPU runs faster
-    than `reduce_window`. The gradient of a tie is then shared among the equals; where
-    windows overlap, it goes to the first.
+    In one pass, unless somebody looks at what lies between the two.
     """
-    _check_fits(x, window, padding)
-    if stride in (None, window) and padding == 0:
-        tiles, within = _tiles(x, window)
-        return jnp.max(tiles, within)
-    return _reduce_window(x, -np.inf, lax.max, window, stride or window, padding)
-
-
-def average_pool(
-    x: Array, window: int, stride: int | None = None, padding: int = 0
-) -> Array:
-    """The mean of each window, in which zeros of the padding count; see `max_pool`."""
-    _check_fits(x, window, padding)
-    y = x.astype(jnp.float32)
-    if stride in (None, window) and padding == 0:
-        tiles, within = _tiles(y, window)
-        y = jnp.mean(tiles, within)
+    seen = parent.is_mutable_collection("taps") and not parent.is_initializing()
+    if seen or parent.has_variable("perturbations", norm.name):
+        y = tapped(parent, norm, x, train)
+        y = fused.activate(y.astype(jnp.float32), activation).astype(y.dtype)
     else:
-        y = _reduce_window(y, 0.0, lax.add, window, stride or window, padding)
-        y = y / window ** (x.ndim - 2)
-    return y.astype(x.dtype)
+        y = norm(x, train, activation)
+    return tap(parent, name, y)
 
 
-def l2_pool(
-    x: Array, window: int, stride: int | None = None, padding: int = 0
-) -> Array:
-    """The root of the mean square of each window, with gradient 0 at 0."""
-    square = average_pool(jnp.square(x.astype(jnp.float32)), window, stride, padding)
-    # Both sides of a `where` are differentiated: the root must not see the zero.
-    some = square > 0
-    root = jnp.sqrt(jnp.where(some, square, 1.0))
-    return jnp.where(some, root, 0.0).astype(x.dtype)
-
-
-POOLS = {"max": max_pool, "average": average_pool, "l2": l2_pool}
-
-
-def _check_fits(x: Array, window: int, padding: int) -> None:
-    if min(x.shape[1:-1]) + 2 * padding < window:
-        raise ValueError(
-            f"a map of {'x'.join(map(str, x.shape[1:-1]))} is too small for a pool with"
-            f" windows of {window}: use larger inputs, fewer blocks, or no pooling"
-        )
-
-
-def _tiles(x: Array, window: int) -> tuple[Array, tuple[int, ...]]:
-    """`x` with each spatial axis split into places and window; the window's axes."""
-    spatial = x.shape[1:-1]
-    places = [n // window for n in spatial]
-    if any(n % window for n in spatial):
-        x = x[(slice(None), *(slice(p * window) for p in places))]
-    split = [n for p in places for n in (p, window)]
-    within = tuple(range(2, 2 * len(places) + 1, 2))
-    return x.reshape(x.shape[0], *split, x.shape[-1]), within
-
-
-def _reduce_window(
-    x: Array, start: float, op: Callable, window: int, stride: int, padding: int
-) -> Array:
-    rank = x.ndim - 2
-    size, steps = (1, *[window] * rank, 1), (1, *[stride] * rank, 1)
-    pads = [(0, 0), *[(padding, padding)] * rank, (0, 0)]
-    # A NumPy scalar of the array's dtype: with any other, lax does not see which
-    # operation this is, and cannot differentiate it.
-    return lax.reduce_window(x, np.array(start, x.dtype), op, size, steps, pads)
-
-
-def global_average(x: Array) -> Array:
-    """The mean over all spatial axes, `(b, *spatial, c) -> (b, c)`."""
-    axes = tuple(range(1, x.ndim - 1))
-    return jnp.mean(x.astype(jnp.float32), axes).astype(x.dtype)
-
-
-def gather(x: Array, how: str) -> Array:
-    """Makes features for the head out of the last map `(b, *spatial, c)`.
-
-    "flatten": `(b, prod(spatial) * c)`. "global": `(b, c)`, the mean over all places.
-    "time": `(b, *spatial[1:], spatial[0] * c)`, all steps of the first axis side by
-    side at each place, so that the head forecasts a map from a series of maps.
-    """
-    if how == "global":
-        return global_average(x)
-    if how == "time":
-        x = jnp.moveaxis(x, 1, -2)
-        return x.reshape(*x.shape[:-2], -1)
-    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+def gelu(x: Array) -> Array:
+    """GELU in its tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+    if lowering.on_cpu():
+        return fused.gelu(x)
+    return fused.activate(x.astype(jnp.float32), "gelu").astype(x.dtype)
 
 
 class Head(nn.Module):

@@ -1,11 +1,13 @@
 """Forms of an operation that a backend runs faster than the plain one.
 
 Each has the values and the gradients of the plain form, up to rounding; the tests
-compare them.
+compare them. `plain()` switches them all off.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +16,43 @@ from jax import lax
 Pads = tuple[tuple[int, int], ...]
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-# The gradient of a kernel, in parts of the batch that stay in the cache: for maps of at
-# least _LARGE places, so many images a part, and no more than _MOST parts, which only
-# cost compile time. On two Zen 4 cores, at 32x32x64 and a batch of 128: 34 GFLOP/s
-# whole and 110 in parts (float32), 116 and 191 (bfloat16); at 16x16 little is left.
-_LARGE = 512
-_CHUNK = {jnp.dtype("float32"): 16, jnp.dtype("bfloat16"): 32}
+# The gradient of a kernel, in parts of the batch that stay in the cache: about so many
+# places of the map a part, at least _LEAST images, at most _MOST parts, each of which
+# costs compile time. On two Zen 4 cores, whole and in parts, GFLOP/s: 36 and 153 for
+# 128 images of 32x32x64 in float32 (bfloat16: 185 and 278), 66 and 141 for 500 of
+# 15x15, 64 to 256 channels (142 and 363); at 4x4x512 the whole batch is best.
+_PLACES = {jnp.dtype("float32"): 4096, jnp.dtype("bfloat16"): 8192}
+_LEAST = 8
 _MOST = 16
+# With so few channels (the image's own), the gradient of the kernel is one product with
+# the patches: 8 ms instead of 25 for 128 images of 32x32, 3 channels to 64.
+_FEW_CHANNELS = 4
+
+_PLAIN = contextvars.ContextVar("plain", default=False)
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """What is traced within has the plain form of every operation.
+
+    For exports and for comparisons with other implementations. A function that `jit`
+    has already traced stays as it is.
+    """
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def is_plain() -> bool:
+    """Whether this is traced within `plain()`."""
+    return _PLAIN.get()
+
+
+def on_cpu() -> bool:
+    """Whether the forms for a CPU are wanted."""
+    return jax.default_backend() == "cpu" and not is_plain()
 
 
 def convolve2d(
@@ -29,28 +61,34 @@ def convolve2d(
     """Cross-correlates `x` (b, h, w, c) with `kernel` (kh, kw, c, features)."""
     stride, pads = tuple(stride), tuple(tuple(pair) for pair in pads)
     # From JAX 0.12 on convolutions on a CPU are oneDNN's.
-    if jax.default_backend() != "cpu" or jax.__version_info__ < (0, 12):
+    if not on_cpu() or jax.__version_info__ < (0, 12):
         return _plain(x, kernel, stride, pads)
-    if x.shape[1] * x.shape[2] >= _LARGE:
-        return _chunked(x, kernel, stride, pads)
-    return _small(x, kernel, stride, pads)
+    sizes, window = x.shape[1:3], kernel.shape[:2]
+    missing = [max(k - n, 0) for n, k in zip(sizes, window, strict=True)]
+    if any(missing):
+        return _smaller(x, kernel, stride, pads, missing)
+    if stride == (1, 1):
+        return _own_gradient(x, kernel, pads)
+    if window == (1, 1) and not any(map(any, pads)):
+        return _own_gradient(x[:, :: stride[0], :: stride[1]], kernel, pads)
+    return _strided(x, kernel, stride, pads)
 
 
-def _small(
-    x: jax.Array, kernel: jax.Array, stride: tuple[int, ...], pads: Pads
+def _smaller(
+    x: jax.Array,
+    kernel: jax.Array,
+    stride: tuple[int, ...],
+    pads: Pads,
+    missing: list[int],
 ) -> jax.Array:
-    """`_plain`, for maps that may be smaller than the kernel.
+    """`_plain`, for maps that are smaller than the kernel.
 
     For those oneDNN has only its reference code, 50 times slower: they get zeros at
     their ends, and what the zeros add to the output is cut off.
     """
-    sizes, window = x.shape[1:3], kernel.shape[:2]
-    missing = [max(k - n, 0) for n, k in zip(sizes, window, strict=True)]
-    if not any(missing):
-        return _plain(x, kernel, stride, pads)
     shape = [
         (n + sum(pad) - k) // s + 1
-        for n, pad, k, s in zip(sizes, pads, window, stride, strict=True)
+        for n, pad, k, s in zip(x.shape[1:], pads, kernel.shape, stride, strict=False)
     ]
     # The barriers keep XLA from folding the zeros into the convolution's own padding,
     # here and, transposed, in the gradient.
@@ -65,38 +103,127 @@ def _plain(
     return lax.conv_general_dilated(x, kernel, stride, pads, dimension_numbers=_LAYOUT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _chunked(
-    x: jax.Array, kernel: jax.Array, stride: tuple[int, ...], pads: Pads
-) -> jax.Array:
-    """`_plain`, whose kernel gradient is summed in float32 over parts of the batch."""
-    return _plain(x, kernel, stride, pads)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _own_gradient(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
+    """`_plain` with stride 1, whose gradients are computed in the way that is fast."""
+    return _plain(x, kernel, (1, 1), pads)
 
 
 def _forward(
+    x: jax.Array, kernel: jax.Array, pads: Pads
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _plain(x, kernel, (1, 1), pads), (x, kernel)
+
+
+def _backward(
+    pads: Pads, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    # A convolution with the turned kernel. What automatic differentiation writes
+    # instead, a kernel in another layout, makes XLA convert everything to float32
+    # before oneDNN gets it.
+    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    rest = tuple(
+        (k - 1 - low, k - 1 - high)
+        for k, (low, high) in zip(kernel.shape, pads, strict=False)
+    )
+    by_kernel = _from_patches if x.shape[3] <= _FEW_CHANNELS else _in_parts
+    by_input = _plain(gradient, turned, (1, 1), rest)
+    return by_input, by_kernel(x, kernel, pads, gradient)
+
+
+def _in_parts(
+    x: jax.Array, kernel: jax.Array, pads: Pads, gradient: jax.Array
+) -> jax.Array:
+    """The kernel's gradient, summed in float32 over parts of the batch."""
+    rows, columns = gradient.shape[1:3]
+    size = max(_PLACES[x.dtype] // (rows * columns), _LEAST, -(-len(x) // _MOST))
+    total = jnp.zeros(kernel.shape, jnp.float32)
+    for start in range(0, len(x), size):
+        part = x[start : start + size]
+        by_kernel = jax.linear_transpose(
+            functools.partial(_plain, part, stride=(1, 1), pads=pads), kernel
+        )
+        (summand,) = by_kernel(gradient[start : start + size])
+        # Without the barrier XLA makes all additions a part of one convolution, and
+        # oneDNN ends the process where they are more than 32.
+        total += lax.optimization_barrier(summand).astype(jnp.float32)
+    return total.astype(kernel.dtype)
+
+
+def _from_patches(
+    x: jax.Array, kernel: jax.Array, pads: Pads, gradient: jax.Array
+) -> jax.Array:
+    """The kernel's gradient as one product, (kh * kw * c, places) by (places, f)."""
+    kh, kw, c, features = kernel.shape
+    rows, columns = gradient.shape[1:3]
+    x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
+    patches = [
+        x[:, i : i + rows, j : j + columns] for i in range(kh) for j in range(kw)
+    ]
+    flat = jnp.concatenate(patches, -1).reshape(-1, kh * kw * c)
+    return jnp.dot(flat.T, gradient.reshape(-1, features)).reshape(kernel.shape)
+
+
+_own_gradient.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _strided(
+    x: jax.Array, kernel: jax.Array, stride: tuple[int, ...], pads: Pads
+) -> jax.Array:
+    """`_plain`, whose gradients are those of `_unstrided`.
+
+    The gradients of a convolution with a stride are convolutions with holes, for which
+    XLA has no call to oneDNN and takes its own slow code, in float32.
+    """
+    return _plain(x, kernel, stride, pads)
+
+
+def _strided_forward(
     x: jax.Array, kernel: jax.Array, stride: tuple[int, ...], pads: Pads
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return _plain(x, kernel, stride, pads), (x, kernel)
 
 
-def _backward(
+def _strided_backward(
     stride: tuple[int, ...],
     pads: Pads,
     saved: tuple[jax.Array, jax.Array],
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    by_input = jax.linear_transpose(lambda v: _plain(v, kernel, stride, pads), x)
-    size = max(_CHUNK.get(x.dtype, 16), -(-len(x) // _MOST))
-    total = jnp.zeros(kernel.shape, jnp.float32)
-    for start in range(0, len(x), size):
-        part = x[start : start + size]
-        by_kernel = jax.linear_transpose(
-            functools.partial(_plain, part, stride=stride, pads=pads), kernel
-        )
-        (summand,) = by_kernel(gradient[start : start + size])
-        total += summand.astype(jnp.float32)
-    return by_input(gradient)[0], total.astype(kernel.dtype)
+    same = functools.partial(_unstrided, stride=stride, pads=pads)
+    return jax.vjp(same, *saved)[1](gradient)
 
 
-_chunked.defvjp(_forward, _backward)
+_strided.defvjp(_strided_forward, _strided_backward)
+
+
+def _unstrided(
+    x: jax.Array, kernel: jax.Array, stride: tuple[int, ...], pads: Pads
+) -> jax.Array:
+    """The same values with stride 1: blocks of stride x stride places are channels.
+
+    The kernel is filled up with zeros to whole blocks: for 3x3 and stride 2, 16 numbers
+    in the place of 9.
+    """
+    (sh, sw), (kh, kw) = stride, kernel.shape[:2]
+    blocks = -(-kh // sh), -(-kw // sw)  # of the kernel
+    shape = [
+        (n + sum(pad) - k) // s + 1
+        for n, pad, k, s in zip(x.shape[1:], pads, kernel.shape, stride, strict=False)
+    ]
+    config = [(0, 0, 0)]
+    for n, (low, _), s, places, block in zip(
+        x.shape[1:], pads, stride, shape, blocks, strict=False
+    ):
+        config.append((low, (places - 1 + block) * s - n - low, 0))
+    x = lax.pad(x, jnp.zeros((), x.dtype), [*config, (0, 0, 0)])
+    b, rows, columns, c = x.shape
+    x = x.reshape(b, rows // sh, sh, columns // sw, sw, c)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, rows // sh, columns // sw, -1)
+    missing = [(0, blocks[0] * sh - kh), (0, blocks[1] * sw - kw), (0, 0), (0, 0)]
+    kernel = jnp.pad(kernel, missing)
+    kernel = kernel.reshape(blocks[0], sh, blocks[1], sw, c, -1)
+    kernel = kernel.transpose(0, 2, 1, 3, 4, 5).reshape(*blocks, sh * sw * c, -1)
+    return _own_gradient(x, kernel, ((0, 0), (0, 0)))

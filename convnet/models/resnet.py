@@ -11,7 +11,7 @@ from functools import partial
 import jax.numpy as jnp
 from flax import linen as nn
 
-from convnet.models import layers
+from convnet.models import layers, pooling
 from convnet.models.intermediates import tap, tapped
 from convnet.models.layers import Array, Dtype
 
@@ -46,7 +46,7 @@ class ResNetBase(nn.Module):
             width, stride = self.width * 2**i, 1 if i == 0 else 2
             block = partial(ResidualBlock, width, self.bottleneck, conv, norm)
             x = Stage(blocks, stride, block, name=f"stage{i + 1}")(x, train)
-        return tap(self, "features", layers.global_average(x))
+        return tap(self, "features", pooling.global_average(x))
 
 
 class Stem(nn.Module):
@@ -61,10 +61,10 @@ class Stem(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         kernel, stride = (7, 2) if self.kind == "imagenet" else (3, 1)
         x = tapped(self, self.conv(self.width, kernel, stride, name="conv"), x)
-        x = tapped(self, self.norm(name="norm"), x, train)
-        x = tap(self, "relu", nn.relu(x))
+        norm = self.norm(name="norm")
+        x = layers.normalize_and_activate(self, norm, x, train, "relu", "relu")
         if self.kind == "imagenet":
-            x = tap(self, "pool", layers.max_pool(x, 3, stride=2, padding=1))
+            x = tap(self, "pool", pooling.max_pool(x, 3, stride=2, padding=1))
         return x
 
 
@@ -105,8 +105,10 @@ class ResidualBlock(nn.Module):
         for i, (features, kernel, stride) in enumerate(plan, 1):
             y = tapped(self, self.conv(features, kernel, stride, name=f"conv{i}"), y)
             if i < len(plan):
-                y = tapped(self, self.norm(name=f"norm{i}"), y, train)
-                y = tap(self, f"relu{i}", nn.relu(y))
+                norm = self.norm(name=f"norm{i}")
+                y = layers.normalize_and_activate(
+                    self, norm, y, train, "relu", f"relu{i}"
+                )
             else:
                 zero = nn.initializers.zeros
                 norm = self.norm(scale_init=zero, name=f"norm{i}")
@@ -137,7 +139,7 @@ class ResNet9Base(nn.Module):
         for i, residual in enumerate((True, False, True), 1):
             width = self.width * 2**i
             x = PoolStage(width, residual, conv, norm, name=f"stage{i}")(x, train)
-        return tap(self, "features", layers.global_average(x))
+        return tap(self, "features", pooling.global_average(x))
 
 
 class PoolStage(nn.Module):
@@ -151,9 +153,9 @@ class PoolStage(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         x = tapped(self, self.conv(self.width, 3, 1, name="conv"), x)
-        x = tap(self, "conv_pool", layers.max_pool(x, 2))
-        x = tapped(self, self.norm(name="norm"), x, train)
-        x = tap(self, "relu", nn.relu(x))
+        x = tap(self, "conv_pool", pooling.max_pool(x, 2))
+        norm = self.norm(name="norm")
+        x = layers.normalize_and_activate(self, norm, x, train, "relu", "relu")
         if not self.residual:
             return x
         block = ResidualBlock(self.width, False, self.conv, self.norm, 1, name="block")

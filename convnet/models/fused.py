@@ -1,0 +1,162 @@
+"""Normalisation, activation and pooling with backward passes of their own.
+
+Automatic differentiation keeps several arrays of the size of the map for each of them,
+and the step's time beside its convolutions goes into moving those. Here the backward
+pass starts from what the forward pass was given. Values and gradients are those of the
+plain forms, up to rounding.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+ACTIVATIONS = ("none", "relu", "gelu")
+
+_ROOT = math.sqrt(2 / math.pi)
+_CUBE = 0.044715
+
+
+def activate(x: jax.Array, activation: str) -> jax.Array:
+    """Returns `x` (float32) after "none", "relu" or "gelu" (its tanh form)."""
+    if activation == "relu":
+        return jnp.maximum(x, 0)
+    if activation == "gelu":
+        return 0.5 * x * (1 + jnp.tanh(_ROOT * (x + _CUBE * x * x * x)))
+    return x
+
+
+def _slope(x: jax.Array, activation: str) -> jax.Array:
+    if activation == "relu":
+        return (x > 0).astype(x.dtype)
+    t = jnp.tanh(_ROOT * (x + _CUBE * x * x * x))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _ROOT * (1 + 3 * _CUBE * x * x)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """Hendrycks and Gimpel 2016, arXiv:1606.08415, in the form with tanh."""
+    return activate(x.astype(jnp.float32), "gelu").astype(x.dtype)
+
+
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    slope = _slope(x.astype(jnp.float32), "gelu")
+    return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def batch_norm(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, activation: str
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Batch normalisation in training, and the activation that follows it.
+
+    Args:
+      x: (..., c), of any float dtype; the statistics are computed in float32.
+      scale, bias: float32 (c,).
+      epsilon: added to the variance.
+      activation: one of `ACTIVATIONS`.
+
+    Returns:
+      The result in the dtype of `x`; mean and biased variance, float32 (c,), through
+      which no gradient passes.
+    """
+    return _norm_forward(x, scale, bias, epsilon, activation)[0]
+
+
+def _norm_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, activation: str
+) -> tuple:
+    axes = tuple(range(x.ndim - 1))
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, axes)
+    # Not mean(x^2) - mean(x)^2, which loses all digits where the mean is large.
+    variance = jnp.mean(jnp.square(wide - mean), axes)
+    root = lax.rsqrt(variance + epsilon)
+    y = activate((wide - mean) * (root * scale) + bias, activation)
+    return (y.astype(x.dtype), mean, variance), (x, mean, root, scale, bias)
+
+
+def _norm_backward(
+    epsilon: float, activation: str, saved: tuple, gradients: tuple
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    del epsilon
+    x, mean, root, scale, bias = saved
+    axes = tuple(range(x.ndim - 1))
+    count = x.size // x.shape[-1]
+    normal = (x.astype(jnp.float32) - mean) * root
+    g = gradients[0].astype(jnp.float32)
+    if activation != "none":
+        g *= _slope(normal * scale + bias, activation)
+        # Once, not in each of its three uses: a tanh costs more than a pass.
+        g = lax.optimization_barrier(g.astype(x.dtype)).astype(jnp.float32)
+    by_bias = g.sum(axes)
+    by_scale = (g * normal).sum(axes)
+    by_x = root * scale * (g - by_bias / count - normal * (by_scale / count))
+    return by_x.astype(x.dtype), by_scale, by_bias
+
+
+batch_norm.defvjp(_norm_forward, _norm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def max_pool(x: jax.Array, window: int) -> jax.Array:
+    """The largest value of each tile of `window` per axis of `x` (b, *spatial, c).
+
+    What does not fill a tile is dropped. The gradient goes to the first of equals.
+    """
+    return _pool_forward(x, window)[0]
+
+
+def _pool_forward(x: jax.Array, window: int) -> tuple[jax.Array, tuple]:
+    y, which = None, None
+    for number, place in enumerate(_offsets(x.ndim - 2, window)):
+        part = x[_tile(x.shape, window, place)]
+        if number == 0:
+            y, which = part, jnp.zeros(part.shape, jnp.int8)
+        else:
+            which = jnp.where(part > y, jnp.int8(number), which)
+            y = jnp.maximum(y, part)
+    return y, (which, x.shape)
+
+
+def _offsets(rank: int, window: int) -> list[tuple[int, ...]]:
+    places: list[tuple[int, ...]] = [()]
+    for _ in range(rank):
+        places = [(*place, i) for place in places for i in range(window)]
+    return places
+
+
+def _tile(shape: tuple[int, ...], window: int, place: tuple[int, ...]) -> tuple:
+    stops = [side // window * window for side in shape[1:-1]]
+    within = [slice(i, s, window) for i, s in zip(place, stops, strict=True)]
+    return (slice(None), *within, slice(None))
+
+
+def _pool_backward(window: int, saved: tuple, gradient: jax.Array) -> tuple[jax.Array]:
+    which, shape = saved
+    spatial = shape[1:-1]
+    rank = len(spatial)
+    # Each tile's places in order: axes (1, window) for each spatial axis.
+    numbers = jnp.arange(window**rank, dtype=jnp.int8).reshape([window] * rank)
+    for axis in range(rank):
+        numbers = jnp.expand_dims(numbers, 2 * axis)
+    numbers = numbers[None, ..., None]
+    wide = lambda a: jnp.expand_dims(a, tuple(2 * i + 2 for i in range(rank)))  # noqa: E731
+    spread = jnp.where(wide(which) == numbers, wide(gradient), 0)
+    spread = spread.reshape(
+        shape[0], *(side // window * window for side in spatial), shape[-1]
+    )
+    missing = [(0, side % window) for side in spatial]
+    return (jnp.pad(spread, [(0, 0), *missing, (0, 0)]),)
+
+
+max_pool.defvjp(_pool_forward, _pool_backward)
