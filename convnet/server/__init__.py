@@ -1,0 +1,1 @@
+"""The server behind `python -m convnet.serve`: app, batches, uploads, metrics."""
