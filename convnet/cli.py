@@ -38,17 +38,20 @@ class Interrupted(BaseException):
 
 
 def run(
-    main: Callable[[flags.FlagValues], int | None],
+    main: Callable[..., int | None],
     define: Callable[[flags.FlagValues, list[str]], None],
     usage: str,
+    takes_arguments: bool = False,
 ) -> NoReturn:
     """Parses `sys.argv`, runs `main(flags)` and exits with the status that it earned.
 
     Args:
-      main: the app; it returns the exit status, None for 0.
+      main: the app; it returns the exit status, None for 0. One that takes arguments
+        besides flags (paths) is called as `main(flags, arguments)`.
       define: defines the app's flags; it is given the FlagValues and the arguments
         (which `define_config` needs).
       usage: the text above the flags in `--help`.
+      takes_arguments: whether there may be any.
     """
     signal.signal(signal.SIGTERM, _terminate)
     # What goes wrong in Orbax's threads reaches us as an exception of its own; without
@@ -57,7 +60,9 @@ def run(
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
     try:
-        status = main(parse(sys.argv, define, usage)) or 0
+        rest: list[str] | None = [] if takes_arguments else None
+        values = parse(sys.argv, define, usage, rest)
+        status = (main(values) if rest is None else main(values, rest)) or 0
         sys.stdout.flush()
     except ConvnetError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -101,12 +106,13 @@ def parse(
     argv: list[str],
     define: Callable[[flags.FlagValues, list[str]], None],
     usage: str,
+    arguments: list[str] | None = None,
 ) -> flags.FlagValues:
-    """Returns the parsed flags.
+    """Returns the parsed flags; adds the arguments between them to `arguments`.
 
     Raises:
-      UsageError: an unknown flag or key, a value of the wrong type, an argument too
-        many, or an experiment that cannot be loaded.
+      UsageError: an unknown flag or key, a value of the wrong type, an argument where
+        `arguments` is None, or an experiment that cannot be loaded.
       SystemExit: with status 0, after `--help`.
     """
     values = flags.FlagValues()
@@ -116,6 +122,8 @@ def parse(
         raise SystemExit(0)
     argv, experiment = _config_first(argv)
     define(values, argv)
+    # Flags may follow arguments.
+    values.set_gnu_getopt(arguments is not None)
     try:
         rest = values(argv)[1:]
         if experiment:
@@ -132,7 +140,9 @@ def parse(
         raise
     except Exception as error:  # An experiment is code: it can raise anything.
         raise UsageError(_one_line(error, experiment)) from error
-    if rest:
+    if arguments is not None:
+        arguments += rest
+    elif rest:
         raise UsageError(f"unexpected argument {rest[0]!r} (--help shows the usage)")
     return values
 

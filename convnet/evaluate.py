@@ -182,7 +182,12 @@ def _shown(value: np.ndarray) -> dict[str, np.ndarray]:
 def define(values: flags.FlagValues, argv: list[str]) -> None:
     """Defines the flags of this app."""
     cli.define_config(values, argv)
-    flags.DEFINE_string("model", None, "a model file or a workdir", flag_values=values)
+    flags.DEFINE_string(
+        "model",
+        None,
+        "a model file, a workdir, or the name of a model that ships",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "output", None, "folder for evaluation.json and report.html", flag_values=values
     )

@@ -40,8 +40,9 @@ class Loop:
         self._start = self._done = start
         self._checkpoints = checkpoints
         self._workdir = workdir
-        # Metrics of the steps since the last log line, still on the device.
+        # Metrics of the last steps: still on the device, then since the last log line.
         self._pending: collections.deque[dict[str, jax.Array]] = collections.deque()
+        self._unlogged: list[dict[str, np.ndarray]] = []
         self._waited = 0.0
         self._logged_seconds = it.train_seconds
         self._compiled: dict[int, Any] = {}
@@ -150,7 +151,7 @@ class Loop:
         interrupted = signals.received is not None and self._done < self._it.total_steps
         logs = self._passes(self._done, before, self._config.train.log_every)
         if logs or saves or interrupted:
-            self._flush()
+            self._flush(saves or interrupted)
         if evaluates or saves or interrupted:
             self._check_state()
         score = self._evaluate() if evaluates else None
@@ -173,8 +174,11 @@ class Loop:
         """Whether a multiple of `every` was passed (0: never)."""
         return bool(every) and math.floor(now / every) > math.floor(before / every)
 
-    def _flush(self) -> None:
-        """Fetches the pending metrics, checks them, writes a line.
+    def _flush(self, whole: bool) -> None:
+        """Fetches the pending metrics, checks them, writes their lines.
+
+        A line ends at each multiple of train.log_every, however many steps went
+        together; with `whole` also at the last step.
 
         Raises:
           ConvnetError: a loss was NaN or infinite.
@@ -187,14 +191,27 @@ class Loop:
         self._clock = now
         if not rows:
             return
-        first = self._done - len(rows) + 1
-        for place, row in enumerate(rows):
-            if not math.isfinite(row["objective"]):
-                what = f"the loss is {row['objective']}"
-                raise self._not_finite(what, first + place)
-        count = sum(float(row["count"]) for row in rows)
         seconds = max(it.train_seconds - self._logged_seconds, 1e-9)
-        images = len(rows) * self._config.data.batch_size
+        speed = {
+            "images_per_second": len(rows) * self._config.data.batch_size / seconds,
+            "input_wait": min(self._waited / seconds, 1.0),
+        }
+        self._waited, self._logged_seconds = 0.0, it.train_seconds
+        for step, row in enumerate(rows, self._done - len(rows) + 1):
+            if not math.isfinite(row["objective"]):
+                raise self._not_finite(f"the loss is {row['objective']}", step)
+            self._unlogged.append(row)
+            if step % self._config.train.log_every == 0 or (
+                whole and step == self._done
+            ):
+                self._log(step, self._unlogged, speed)
+                self._unlogged = []
+
+    def _log(
+        self, step: int, rows: list[dict[str, np.ndarray]], speed: dict[str, float]
+    ) -> None:
+        it = self._it
+        count = sum(float(row["count"]) for row in rows)
         values = {
             f"train/{name}": sum(float(row[name]) for row in rows) / max(count, 1.0)
             for name in rows[0]
@@ -203,15 +220,13 @@ class Loop:
         values |= {
             "train/objective": sum(float(row["objective"]) for row in rows) / len(rows),
             "grad_norm": float(rows[-1]["grad_norm"]),
-            "learning_rate": float(it.schedule(self._done - 1)),
-            "images_per_second": images / seconds,
-            "input_wait": min(self._waited / seconds, 1.0),
-            "epoch": self._epoch_of(self._done),
+            "learning_rate": float(it.schedule(step - 1)),
+            **speed,
+            "epoch": self._epoch_of(step),
         }
-        self._waited, self._logged_seconds = 0.0, it.train_seconds
-        self._workdir.log(self._done, values)
-        left = (it.total_steps - self._done) * seconds / len(rows)
-        self._progress.log(self._done, values, left)
+        self._workdir.log(step, values)
+        images = (it.total_steps - step) * self._config.data.batch_size
+        self._progress.log(step, values, images / speed["images_per_second"])
 
     def _check_state(self) -> None:
         """Raises ConvnetError if the state holds NaN or infinity.

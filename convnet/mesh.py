@@ -103,11 +103,17 @@ def put_whole(mesh: Mesh, tree: Any) -> Any:
 def compiler_options(platform: str) -> dict[str, Any]:
     """Returns the options for `jit` that pay on this platform ("cpu", "gpu", "tpu").
 
-    They are experimental: one that this XLA refuses is left out.
+    They are experimental: one that this XLA refuses is left out, and so is one that the
+    environment's XLA_FLAGS name: the user's own word counts.
     """
     if platform != "cpu":
         return {}
-    return {k: v for k, v in _CPU_OPTIONS.items() if _accepted({k: v})}
+    given = os.environ.get("XLA_FLAGS", "")
+    return {
+        name: value
+        for name, value in _CPU_OPTIONS.items()
+        if f"--{name}" not in given and _accepted({name: value})
+    }
 
 
 def _accepted(options: dict[str, Any]) -> bool:

@@ -60,11 +60,11 @@ def create(
         )
 
     def follow(step: Any) -> jax.Array:
-        return rate(step) / optimizer.lr
+        return rate(step) / max(optimizer.lr, 1e-30)
 
     def early(step: Any) -> jax.Array:
         until = max(optimizer.whiten_until * total_steps, 1.0)
-        return jnp.maximum(1 - step / until, 0.0)
+        return jnp.maximum(1 - jnp.asarray(step, jnp.float32) / until, 0.0)
 
     rule = optax.partition(
         {

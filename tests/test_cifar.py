@@ -163,6 +163,7 @@ def test_source_load_downloads_prepares_and_reads(serve, tmp_path, monkeypatch):
         test_fraction=0.2,
         train_limit=0,
         test_limit=0,
+        cache="none",
     )
     dataset = source.load(data, 0)
     assert requests == ["GET /archive.tar.gz HTTP/1.1"]

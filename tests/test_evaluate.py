@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from convnet import config as config_lib
 from convnet import evaluate
 from convnet.data.source import ArraySource
 from convnet.task import Binary, Classification, Regression
@@ -77,3 +78,101 @@ def test_baselines_are_persistence_for_maps_and_the_mean_otherwise():
     found = evaluate.baselines(Regression(()), source(inputs, numbers))
     assert found == {"mean": pytest.approx(numbers.var())}
     assert evaluate.baselines(Classification(2), source(inputs, numbers)) == {}
+
+
+# Views.
+
+READABLE = np.array([i not in (2, 11) for i in range(21)])
+
+
+class Split:
+    """21 examples, two of which cannot be read."""
+
+    examples, data = 21, {}
+
+    def batches(self, order, start, stop):
+        for step in range(start, stop):
+            yield order(step)
+
+
+def predict_with(tables, seen):
+    """A predict step that looks up its answers, and notes what it was asked."""
+
+    def predict(variables, data, batch, views="none"):
+        index, weight = batch["index"], batch["weight"] * READABLE[batch["index"]]
+        assert len(index) == 8  # what was compiled
+        seen.append((views, index[weight > 0].tolist()))
+        prediction = tables[views][index]
+        loss = prediction.reshape(len(index), -1).sum(1)
+        return {
+            "prediction": prediction,
+            "label": index * 10,
+            "weight": weight,
+            "loss": loss,
+        }
+
+    return predict
+
+
+def views_of(tables, views, below=1.0):
+    config = config_lib.default()
+    config.data.batch_size = 8
+    config.evaluate.tta, config.evaluate.tta_below = views, below
+    seen = []
+    predict = predict_with(tables, seen)
+    found = evaluate.predict_views(predict, None, Split(), config)
+    again = [index for name, part in seen if name == views != "none" for index in part]
+    once = [index for name, part in seen if name == "none" for index in part]
+    # Every readable example exactly once, in the order of the data.
+    assert once == found["index"].tolist() == np.flatnonzero(READABLE).tolist()
+    np.testing.assert_array_equal(found["label"], found["index"] * 10)
+    return found, again
+
+
+@pytest.fixture
+def tables():
+    """Two classes; the first has 0.5 to 0.9 without views, and less than 0.1 with."""
+    rng = np.random.default_rng(0)
+    plain = rng.uniform(0.5, 0.9, 21)
+    plain[5] = 0.75
+    plain[6], plain[7] = 0.8, 0.7
+    flipped = rng.uniform(0.0, 0.1, 21)
+    return {
+        name: np.stack([p, 1 - p], 1).astype(np.float32)
+        for name, p in (("none", plain), ("flip", flipped))
+    }
+
+
+def test_without_views_there_is_one_pass(tables):
+    found, again = views_of(tables, "none", below=0.5)
+    assert again == []
+    np.testing.assert_array_equal(found["prediction"], tables["none"][READABLE])
+
+
+def test_views_of_every_example(tables):
+    found, again = views_of(tables, "flip")
+    assert again == found["index"].tolist()
+    np.testing.assert_array_equal(found["prediction"], tables["flip"][READABLE])
+    np.testing.assert_array_equal(found["loss"], tables["flip"][READABLE].sum(1))
+
+
+@pytest.mark.parametrize("binary", [False, True])
+def test_views_of_the_unsure_alone(tables, binary):
+    if binary:  # the probability of one of two: 0.1 is as sure as 0.9
+        tables = {name: table[:, 1] for name, table in tables.items()}
+    found, again = views_of(tables, "flip", below=0.75)
+    most = tables["none"].reshape(21, -1)
+    most = np.maximum(most[:, 0], 1 - most[:, 0])
+    unsure = most <= 0.75
+    assert unsure[[5, 7]].all() and not unsure[6]
+    assert 3 < (unsure & READABLE).sum() < 16
+    assert again == np.flatnonzero(unsure & READABLE).tolist()
+    shape = (21,) if binary else (21, 1)
+    want = np.where(unsure.reshape(shape), tables["flip"], tables["none"])
+    np.testing.assert_array_equal(found["prediction"], want[READABLE])
+
+
+def test_no_second_pass_where_all_are_sure(tables):
+    found, again = views_of(tables, "flip", below=0.4)
+    assert again == []
+    np.testing.assert_array_equal(found["prediction"], tables["none"][READABLE])

@@ -36,6 +36,7 @@ DATA = {
     "cifar10": ("tfds", tuple(f"class{i}" for i in range(10))),
     "cifar100": ("tfds", tuple(f"class{i}" for i in range(100))),
     "cifar10_cnn": ("tfds", tuple(f"class{i}" for i in range(10))),
+    "cifar10_speed": ("tfds", tuple(f"class{i}" for i in range(10))),
     "cifar10_vgg16": ("tfds", tuple(f"class{i}" for i in range(10))),
     "digits": (None, tuple("0123456789")),
     "folder": ("flowers", ("daisy", "rose", "tulip")),
@@ -136,9 +137,10 @@ def shrink(config):
     config.train.steps, config.train.log_every = STEPS, 1
     config.train.eval_every = 0.0
     config.checkpoint.every_steps, config.checkpoint.keep = 1, STEPS
-    for name in ("widths", "dense"):
-        config.model[name] = (4,) * len(config.model[name] or ()) or None
-    if "width" in models.options(config.model.name):
+    options = models.options(config.model.name)
+    for name in {"widths", "dense"} & options.keys():
+        config.model[name] = (4,) * len(config.model[name] or options[name])
+    if "width" in options:
         config.model.width = 4
     return config
 
@@ -269,14 +271,14 @@ def ramps(rng, count):
     return volumes[..., None].astype("f"), slope.astype("f")
 
 
-def learn(folder, arrays, **changes):
+def learn(folder, arrays, depth=1, **changes):
     np.savez(folder / "data.npz", **arrays)
     config = config_lib.default()
     given = {
         "data.name": "arrays",
         "data.dir": str(folder / "data.npz"),
         "data.batch_size": 32,
-        "model.depth": 1,
+        **({"model.depth": depth} if depth else {}),
         "optimizer.name": "adamw",
         "optimizer.lr": 0.02,
         "train.steps": 60,
@@ -309,6 +311,38 @@ def test_learns_a_number_from_volumes(tmp_path):
     arrays = {"x_train": x, "y_train": y, "x_test": x_test, "y_test": y_test}
     keys = {"task.name": "regression", "model.widths": (8,)}
     assert learn(tmp_path, arrays, **keys)["test/loss"] < 0.5 * np.var(y_test)
+
+
+def tiles(rng, count):
+    """Pictures (n, 32, 32, 3), uint8: stripes across or along, reddish or bluish."""
+    labels = np.arange(count) % 4
+    shift = rng.integers(0, 8, (count, 1, 1))
+    across = (np.arange(32)[:, None] + shift) // 4 % 2
+    across = np.broadcast_to(across, (count, 32, 32))
+    pattern = np.where(labels[:, None, None] < 2, across, across.swapaxes(1, 2))
+    colour = np.where(labels[:, None] % 2 == 0, (100, 60, 20), (20, 60, 100))
+    pictures = 40 + pattern[..., None] * 50 + colour[:, None, None, :]
+    return (pictures + rng.integers(0, 60, pictures.shape)).astype("u1"), labels
+
+
+def test_the_quick_recipe_learns(tmp_path):
+    """cifar10_speed.py as it is, on a small network and few pictures."""
+    rng = np.random.default_rng(0)
+    (x, y), (x_test, y_test) = tiles(rng, 200), tiles(rng, 60)
+    arrays = {"x_train": x, "y_train": y, "x_test": x_test, "y_test": y_test}
+    (path,) = (path for path in EXPERIMENTS if path.stem == "cifar10_speed")
+    changes = config_lib.changed(get_config(path))
+    changes |= {
+        "data.name": "arrays",
+        "data.batch_size": 25,
+        "model.widths": (8, 16, 16),
+        "train.epochs": 3.0,
+        "train.steps": 0,
+        "train.steps_per_dispatch": 2,
+    }
+    result = learn(tmp_path, arrays, depth=None, **changes)
+    assert result["step"] == 24
+    assert result["test/accuracy"] > 0.9
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")

@@ -1,4 +1,7 @@
-"""Optimizers against their published updates in NumPy float64; schedules by hand."""
+"""Optimizers against their published updates in NumPy float64; schedules by hand.
+
+Muon has a file of its own.
+"""
 
 import types
 
@@ -20,12 +23,13 @@ SHAPES = {
     "head/bias": (3,),
 }
 DECAYED = {name for name in SHAPES if name.endswith("kernel")}
-ORTHOGONALIZED = {name for name in DECAYED if name.startswith("base")}
 
 
 def optimizer(name="sgd", **changes):
     keys = {"name": name, "lr": 0.05, "momentum": 0.9, "nesterov": True}
     keys |= {"beta2": 0.99, "weight_decay": 0.1, "clip_norm": 0.0}
+    keys |= {"normalize": True, "newton_schulz": 5, "head_lr": 0.1, "bias_lr": 0.1}
+    keys |= {"rest_momentum": 0.85, "whiten_until": 0.4}
     return types.SimpleNamespace(**keys | changes)
 
 
@@ -94,15 +98,6 @@ def clipped(gradient, limit):
     return {name: leaf * min(1, limit / norm) for name, leaf in gradient.items()}
 
 
-def newton_schulz(matrix):
-    """As published: on the wide orientation, five steps from the Frobenius norm 1."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix) / np.sqrt((matrix**2).sum())
-    for _ in range(5):
-        x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
-    return x.T if tall else x
-
-
 class Reference:
     """The published updates, leaf by leaf, float64."""
 
@@ -137,13 +132,6 @@ class Reference:
             return step
         return step * np.linalg.norm(param) / np.linalg.norm(step)
 
-    def muon(self, name, param, gradient, t):
-        if name not in ORTHOGONALIZED:
-            return self.adamw(name, param, gradient, t)
-        matrix = self.momentum(name, gradient).reshape(-1, gradient.shape[-1])
-        step = 0.2 * np.sqrt(max(matrix.shape)) * newton_schulz(matrix)
-        return step.reshape(gradient.shape) + self.decay(name, param)
-
     def train(self, start, gradients, rates):
         params = dict(start)
         for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), 1):
@@ -165,8 +153,6 @@ class Reference:
         optimizer("adamw"),
         optimizer("adamw", weight_decay=0.0, clip_norm=4.0),
         optimizer("lamb", clip_norm=4.0),
-        optimizer("muon"),
-        optimizer("muon", nesterov=False, clip_norm=4.0),
     ],
     ids=lambda keys: f"{keys.name}-{keys.nesterov}-{keys.clip_norm}",
 )
@@ -184,29 +170,6 @@ def test_update_is_the_published_one(chosen, start, gradients):
             atol=2e-4 * moved,
             err_msg=name,
         )
-
-
-@pytest.mark.parametrize("name", ["base/conv1/kernel", "base/dense/kernel"])
-def test_muon_moves_along_the_polar_factor(start, gradients, name):
-    """One step: the momentum's singular vectors, with singular values near 1."""
-    chosen = optimizer("muon", weight_decay=0.0, lr=1.0)
-    ours = train(chosen, start, gradients[:1], schedule())
-    gradient = gradients[0][name].reshape(-1, SHAPES[name][-1])
-    step = (start[name] - ours[name]).reshape(gradient.shape)
-    step /= 0.2 * np.sqrt(max(gradient.shape))
-    u, _, vt = np.linalg.svd(gradient, full_matrices=False)
-    turned = u.T @ step @ vt.T
-    values = np.diag(turned)
-    assert 0.65 < values.min() and values.max() < 1.25
-    np.testing.assert_allclose(turned, np.diag(values), atol=1e-4)
-
-
-def test_orthogonalize_keeps_zero_and_batches():
-    rng = np.random.default_rng(2)
-    stack = np.stack([rng.normal(size=(12, 5)), np.zeros((12, 5))]).astype(np.float32)
-    ours = np.asarray(optim.orthogonalize(jnp.asarray(stack)))
-    np.testing.assert_allclose(ours[0], newton_schulz(stack[0]), atol=1e-4)
-    np.testing.assert_array_equal(ours[1], 0)
 
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
@@ -260,6 +223,11 @@ HALF = np.sqrt(0.5)
         (
             schedule("cosine", warmup=0.2, final=0.1),
             {0: 1 / 21, 19: 20 / 21, 20: 1, 60: 0.55, 80: 0.55 - 0.45 * HALF, 100: 0.1},
+        ),
+        (schedule("linear"), {0: 1, 25: 0.75, 99: 0.01, 100: 0, 130: 0}),
+        (
+            schedule("linear", warmup=0.2, final=0.5),
+            {0: 1 / 21, 19: 20 / 21, 20: 1, 60: 0.75, 100: 0.5, 130: 0.5},
         ),
         (
             schedule("one_cycle"),
@@ -327,8 +295,8 @@ def test_ema_follows_its_recurrence():
 def test_unknown_names_and_values_are_refused():
     with pytest.raises(ValueError, match=r"optimizer\.name.*'adam'.*sgd, adamw, lamb"):
         optim.create(optimizer("adam"), schedule(), 10)
-    with pytest.raises(ValueError, match=r"schedule\.name.*'linear'.*constant, cosine"):
-        optim.create(optimizer(), schedule("linear"), 10)
+    with pytest.raises(ValueError, match=r"schedule\.name.*'line'.*constant, cosine"):
+        optim.create(optimizer(), schedule("line"), 10)
     with pytest.raises(ValueError, match=r"schedule\.warmup.*1\.5"):
         optim.create(optimizer(), schedule(warmup=1.5), 10)
     with pytest.raises(ValueError, match=r"schedule\.steps.*30"):

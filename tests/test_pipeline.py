@@ -3,11 +3,13 @@
 Grain's workers import this file: slow imports stand where they are used.
 """
 
+import gc
 import itertools
 import multiprocessing
 import os
 import threading
 import time
+from multiprocessing import shared_memory
 
 import jax
 import numpy as np
@@ -229,6 +231,12 @@ def test_workers_are_processes_and_give_the_same_batches(mesh):
         np.testing.assert_array_equal(batch["input"][:, 0, 0], want["index"])
     processes = {int(label) for batch in batches for label in batch["label"]}
     assert len(processes) == 2 and os.getpid() not in processes
+    assert multiprocessing.active_children() == []
+    # Nothing is left that the processes shared: a thread of Grain's frees it.
+    deadline = time.monotonic() + 20
+    while shared_memory.SharedMemory in {type(thing) for thing in gc.get_objects()}:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_leaving_early_ends_the_readers(mesh):

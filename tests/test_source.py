@@ -23,6 +23,7 @@ def settings(**changes):
         "test_fraction": 0.2,
         "train_limit": 0,
         "test_limit": 0,
+        "cache": "none",
     }
     return SimpleNamespace(**(values | changes))
 

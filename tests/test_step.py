@@ -18,6 +18,7 @@ from convnet import mesh as mesh_lib
 from convnet import optim
 from convnet import step as step_lib
 from convnet.data.pipeline import TrainOrder
+from convnet.models import layers
 from convnet.step import Recipe
 from convnet.task import Classification, Regression
 
@@ -228,6 +229,28 @@ def test_create_state():
     assert (other.params["conv"]["kernel"] != plain.params["conv"]["kernel"]).any()
 
 
+class Measured(nn.Module):
+    """A network whose first layer is measured on the inputs of `init`."""
+
+    init_examples = 3
+
+    @nn.compact
+    def __call__(self, inputs, train):
+        mean = self.variable("batch_stats", "mean", lambda: inputs.mean((0, 1, 2)))
+        return nn.Dense(K, name="head")((inputs - mean.value).mean((1, 2)))
+
+
+def test_the_state_is_made_from_normalized_inputs():
+    recipe = recipe_of(Measured())
+    images = split_of()["input"][:3]
+    state = compiled(create_state, recipe)(images)
+    want = normalized(images).reshape(-1, 2).mean(0)
+    np.testing.assert_allclose(state.batch_stats["mean"], want, rtol=1e-5)
+    whole = layers.Classifier(Measured(), Linear())
+    assert step_lib.init_examples(recipe_of(whole)) == 3
+    assert step_lib.init_examples(recipe_of(layers.Classifier(Small(), Linear()))) == 1
+
+
 def test_batch_statistics_and_their_average():
     data = split_of()
     recipe = recipe_of(Small(), ema=0.5)
@@ -248,6 +271,24 @@ def test_batch_statistics_and_their_average():
     assert_close(
         [averaged["mean"], averaged["var"]], [0.9 * mean, 0.1 + 0.9 * var], rtol=1e-4
     )
+
+
+def test_several_steps_in_one_program():
+    data = split_of()
+    data["weight"][[2, 3, 5]] = 0
+    recipe = recipe_of(Small(), ema=0.5, accumulate=2, flip="random", brightness=0.5)
+    one, metrics = train(recipe, data, 5)
+    batches = [batch_of(number) for number in range(5)]
+    stack = {name: np.stack([b[name] for b in batches]) for name in batches[0]}
+    start = initial(recipe)
+    found, several = compiled(step_lib.train_steps, recipe)(start, data, stack)
+    assert found.step == 5
+    assert_close(jax.device_get(found), one, rtol=1e-4)
+    assert several.keys() == metrics[0].keys()
+    for name, values in several.items():
+        assert values.shape == (5,)
+        want = [step[name] for step in metrics]
+        np.testing.assert_allclose(values, want, rtol=1e-4, atol=1e-6)
 
 
 # What must not matter.
@@ -402,6 +443,36 @@ def test_predict_step_agrees_with_numpy():
     assert_close(dict(found), want, rtol=1e-4)
     again = predict(state.variables(), {}, streamed(0, data))
     jax.tree.map(np.testing.assert_array_equal, dict(again), dict(found))
+
+
+def test_predict_step_averages_the_logits_of_its_views():
+    data = split_of()
+    data["weight"][[2, 3]] = 0
+    recipe = recipe_of()
+    state, batch = initial(recipe), batch_of(0)
+    images = data["input"][batch["index"]]
+    head = jax.tree.map(lambda x: np.asarray(x, np.float64), state.params["head"])
+
+    def logits_of(images):
+        return normalized(images) @ head["kernel"] + head["bias"]
+
+    # (4, 2) pixels, moved by one and mirrored at the edge.
+    up, down = (
+        images[:, [1, 2, 3, 2]][:, :, [1, 0]],
+        images[:, [1, 0, 1, 2]][:, :, ::-1],
+    )
+    both = [logits_of(x) + logits_of(x[:, :, ::-1]) for x in (images, up, down)]
+    want = {"flip": both[0] / 2, "flip_translate": both[0] / 4 + sum(both[1:]) / 8}
+    for views, logits in want.items():
+        step = functools.partial(step_lib.predict_step, views=views)
+        found = compiled(step, recipe)(state.variables(), data, batch)
+        log_p = special.log_softmax(logits, axis=1)
+        labels = data["label"][batch["index"]]
+        np.testing.assert_allclose(found["prediction"], np.exp(log_p), rtol=1e-4)
+        loss = -log_p[np.arange(8), labels]
+        np.testing.assert_allclose(found["loss"], loss, rtol=1e-4)
+        np.testing.assert_array_equal(found["weight"], data["weight"][batch["index"]])
+    assert not np.allclose(want["flip"], want["flip_translate"])
 
 
 def test_predict_step_uses_running_statistics():

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from convnet.data.decode import DecodeError, FirstShape, decode
+from convnet.data import decode as decode_lib
+from convnet.data.cache import Cache
+from convnet.data.decode import DecodeError, FirstShape
 from convnet.data.source import Dataset
 from convnet.errors import ConvnetError, UsageError
 
@@ -32,6 +34,7 @@ class FolderSource:
         labels: int32 (n,), the index of each file's class.
         size, resize: as in `decode`.
         first: the shape that all images share when size is 0.
+        cache: holds decoded images.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class FolderSource:
         size: int,
         resize: str,
         first: FirstShape | None,
+        cache: Cache | None,
     ):
         self.root = root
         self.files = tuple(files)
@@ -49,6 +53,7 @@ class FolderSource:
         self.size = size
         self.resize = resize
         self.first = first
+        self.decode = cache.decode if cache else decode_lib.decode
 
     def __len__(self) -> int:
         return len(self.files)
@@ -56,13 +61,19 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         file = self.files[index]
         path, id = os.path.join(self.root, file), _printable(file)
-        pixels = decode(path, id, size=self.size, resize=self.resize)
+        pixels = self.decode(path, id, size=self.size, resize=self.resize)
         if self.first is not None:
             self.first.check(pixels.shape, id)
         return {"input": pixels, "label": self.labels[index], "id": id}
 
 
-def load(directory: str, size: int, resize: str, test_fraction: float) -> Dataset:
+def load(
+    directory: str,
+    size: int,
+    resize: str,
+    test_fraction: float,
+    cache: Cache | None = None,
+) -> Dataset:
     """Opens an image folder; every image becomes RGB.
 
     Without train and test folders the split follows the content: a file is a test
@@ -74,6 +85,7 @@ def load(directory: str, size: int, resize: str, test_fraction: float) -> Datase
         directory: the folder, `data.dir`.
         size, resize: as in `decode`.
         test_fraction: share of test images where the folder has no split of its own.
+        cache: holds decoded images.
 
     Raises:
         ConvnetError: the layout is another, with what was found and what is wanted; or
@@ -122,6 +134,7 @@ def load(directory: str, size: int, resize: str, test_fraction: float) -> Datase
             size,
             resize,
             first,
+            cache,
         )
         for split in (train, test)
     ]

@@ -11,8 +11,10 @@ A batch on the devices holds `index` int32 (b,), `epoch` int32 (b,), `weight` fl
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import gc
 import math
 import os
 import signal
@@ -35,6 +37,8 @@ Order = Callable[[int], HostBatch]
 Bad = dict[int, tuple[str, str]]  # index -> (id, reason)
 
 _CPU_RESIDENT_BYTES = 2 << 30
+# Each holds a batch; what they do outside decoders, one at a time, limits them sooner.
+_MAX_THREADS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +178,12 @@ class Resident:
         for step in range(start, stop):
             yield mesh_lib.put_batch(self._mesh, order(step))
 
+    def stack(self, order: Order, start: int, stop: int) -> dict[str, Any]:
+        """Returns the device batches of steps start .. stop - 1 as one, (steps, b)."""
+        batches = [order(step) for step in range(start, stop)]
+        stacked = {k: np.stack([batch[k] for batch in batches]) for k in batches[0]}
+        return mesh_lib.put_batches(self._mesh, stacked)
+
 
 def _read_all(source: Source, bad: BadInputs) -> HostBatch:
     chunks = [
@@ -187,7 +197,7 @@ def _read_all(source: Source, bad: BadInputs) -> HostBatch:
     data: HostBatch = {}
     # Threads, because decoders release the interpreter's lock.
     with (
-        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        concurrent.futures.ThreadPoolExecutor(_threads()) as pool,
         tqdm(
             total=len(source),
             desc="reading",
@@ -235,23 +245,40 @@ class Streaming:
         steps = grain.MapDataset.range(start, stop).map(
             functools.partial(_load_step, self._source, order)
         )
-        count = os.cpu_count() or 2
-        threads = grain.ReadOptions(num_threads=count, prefetch_buffer_size=2 * count)
-        if self._workers:
-            options = grain.MultiprocessingOptions(self._workers)
-            batches = steps.to_iter_dataset(
-                grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-            ).mp_prefetch(options, worker_init_fn=_ignore_ctrl_c)
-        else:
-            batches = steps.to_iter_dataset(threads)
+        threads = 1 if self._workers else _threads()
+        options = grain.ReadOptions(
+            num_threads=threads, prefetch_buffer_size=threads + 2
+        )
+        dataset = steps.to_iter_dataset(options).mp_prefetch(
+            grain.MultiprocessingOptions(self._workers), worker_init_fn=_ignore_ctrl_c
+        )
         # One batch ahead: its copy to the device overlaps with the step before.
         ahead: collections.deque[Any] = collections.deque()
-        for batch, found in batches:
-            self.bad.add(found)
-            ahead.append(mesh_lib.put_batch(self._mesh, batch))
-            if len(ahead) > 1:
-                yield ahead.popleft()
+        # An error's traceback would keep Grain's iterator, and its processes, alive.
+        with contextlib.closing(iter(dataset)) as batches:
+            for batch, found in batches:
+                self.bad.add(found)
+                ahead.append(self._put(batch))
+                if len(ahead) > 1:
+                    yield ahead.popleft()
+        if self._workers:
+            # Grain's own exceptions hold the last batches, which are shared memory.
+            gc.collect()
         yield from ahead
+
+    def _put(self, batch: HostBatch) -> dict[str, Any]:
+        if self._workers:
+            # Out of the memory shared with the workers, where a CPU would leave it:
+            # what still lies there when the process ends is a leak.
+            batch = {name: np.array(value) for name, value in batch.items()}
+        return mesh_lib.put_batch(self._mesh, batch)
+
+
+def _threads() -> int:
+    """As many as this process may use cores."""
+    # macOS has no affinity.
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    return min(len(allowed), _MAX_THREADS)
 
 
 def _ignore_ctrl_c(worker: int, workers: int) -> None:

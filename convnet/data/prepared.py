@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from convnet.data import decode, tfds_folder
+from convnet.data.cache import Cache
 from convnet.data.source import Dataset
 from convnet.errors import ConvnetError
 
@@ -26,6 +27,7 @@ class PreparedSource:
         classes: number of classes; a record with another label counts as damaged.
         channels: 1 or 3.
         size, resize: as in `decode`.
+        cache: holds decoded images.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class PreparedSource:
         channels: int,
         size: int,
         resize: str,
+        cache: Cache | None,
     ):
         self.directory = directory
         self.split = split
@@ -49,6 +52,7 @@ class PreparedSource:
         self.channels = channels
         self.size = size
         self.resize = resize
+        self.decode = cache.decode if cache else decode.decode
         self.first: decode.FirstShape | None = None
         self._records = None
         self._lock = threading.Lock()
@@ -132,7 +136,7 @@ class PreparedSource:
                 id, f"the label {label} is not one of the classes"
             )
         try:
-            pixels = decode.decode(
+            pixels = self.decode(
                 data, id, size=self.size, resize=self.resize, channels=self.channels
             )
         except decode.DecodeError as error:
@@ -142,7 +146,9 @@ class PreparedSource:
         return {"input": pixels, "label": np.int32(label), "id": id}
 
 
-def load(name: str, directory: str, size: int, resize: str) -> Dataset:
+def load(
+    name: str, directory: str, size: int, resize: str, cache: Cache | None = None
+) -> Dataset:
     """Opens a dataset of images and class labels that TFDS has prepared.
 
     Args:
@@ -151,6 +157,7 @@ def load(name: str, directory: str, size: int, resize: str) -> Dataset:
         directory: TFDS's data_dir, or the folder of the version itself; "" is
             ~/tensorflow_datasets. cifar10 and cifar100 are downloaded there if absent.
         size, resize: as in `decode`.
+        cache: holds decoded images.
 
     Raises:
         ConvnetError: not prepared, not ArrayRecord, or no images with class labels.
@@ -180,6 +187,7 @@ def load(name: str, directory: str, size: int, resize: str) -> Dataset:
             1 if features[image].shape[-1] == 1 else 3,
             size,
             resize,
+            cache,
         )
 
     splits = {s: source(s) for s in _SPLITS if s in builder.info.splits}

@@ -118,8 +118,8 @@ def load(data: Any, seed: int) -> Dataset:
     """Opens the dataset that the config's `data` section describes.
 
     Args:
-        data: attributes name, dir, image_size, resize, test_fraction, train_limit and
-            test_limit, as in the config.
+        data: attributes name, dir, image_size, resize, test_fraction, train_limit,
+            test_limit and cache, as in the config.
         seed: of the run; only the generated datasets depend on it.
 
     Raises:
@@ -132,19 +132,29 @@ def load(data: Any, seed: int) -> Dataset:
 
         dataset = _sized(arrays.load(data.dir), data)
     elif data.name == "folder":
-        from convnet.data import folder
+        from convnet.data import cache, folder
 
         dataset = folder.load(
-            data.dir, data.image_size, data.resize, data.test_fraction
+            data.dir,
+            data.image_size,
+            data.resize,
+            data.test_fraction,
+            cache.create(data.cache),
         )
     elif data.name in BUILT_IN:
         from convnet.data import generated
 
         dataset = _sized(generated.load(data.name, seed), data)
     else:
-        from convnet.data import prepared
+        from convnet.data import cache, prepared
 
-        dataset = prepared.load(data.name, data.dir, data.image_size, data.resize)
+        dataset = prepared.load(
+            data.name,
+            data.dir,
+            data.image_size,
+            data.resize,
+            cache.create(data.cache),
+        )
     return Dataset(
         _limited(dataset.train, data.train_limit),
         _limited(dataset.test, data.test_limit),

@@ -11,6 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 ACTIVATIONS = ("none", "relu", "gelu")
@@ -117,13 +118,14 @@ def max_pool(x: jax.Array, window: int) -> jax.Array:
 
 
 def _pool_forward(x: jax.Array, window: int) -> tuple[jax.Array, tuple]:
+    kind = np.min_scalar_type(window ** (x.ndim - 2) - 1)
     y, which = None, None
     for number, place in enumerate(_offsets(x.ndim - 2, window)):
         part = x[_tile(x.shape, window, place)]
         if number == 0:
-            y, which = part, jnp.zeros(part.shape, jnp.int8)
+            y, which = part, jnp.zeros(part.shape, kind)
         else:
-            which = jnp.where(part > y, jnp.int8(number), which)
+            which = jnp.where(part > y, kind.type(number), which)
             y = jnp.maximum(y, part)
     return y, (which, x.shape)
 
@@ -146,7 +148,7 @@ def _pool_backward(window: int, saved: tuple, gradient: jax.Array) -> tuple[jax.
     spatial = shape[1:-1]
     rank = len(spatial)
     # Each tile's places in order: axes (1, window) for each spatial axis.
-    numbers = jnp.arange(window**rank, dtype=jnp.int8).reshape([window] * rank)
+    numbers = jnp.arange(window**rank, dtype=which.dtype).reshape([window] * rank)
     for axis in range(rank):
         numbers = jnp.expand_dims(numbers, 2 * axis)
     numbers = numbers[None, ..., None]

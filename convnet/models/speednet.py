@@ -70,6 +70,11 @@ class Whiten(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        if x.ndim != 4 or min(x.shape[1:3]) < _WHITEN_KERNEL:
+            raise ValueError(
+                "speednet takes images (b, h, w, c) of at least 2x2, not inputs of"
+                f" shape {x.shape}"
+            )
         kernel = self.variable("batch_stats", "kernel", whitening_kernel, x)
         features = kernel.value.shape[-1]
         bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
@@ -88,7 +93,8 @@ def whitening_kernel(inputs: Array) -> Array:
     patches = jnp.stack(patches, -2).reshape(-1, k * k * c).astype(jnp.float32)
     moments = jnp.dot(patches.T, patches, precision="highest") / len(patches)
     values, vectors = jnp.linalg.eigh(moments)
-    scaled = vectors / jnp.sqrt(values + _WHITEN_EPSILON)
+    # Rounding leaves an eigenvalue of zero on either side of it.
+    scaled = vectors / jnp.sqrt(jnp.maximum(values, 0.0) + _WHITEN_EPSILON)
     return jnp.concatenate([scaled, -scaled], 1).reshape(k, k, c, -1)
 
 
@@ -116,7 +122,10 @@ class Group(nn.Module):
             dtype=self.dtype,
         )
         x = tapped(self, conv(name="conv1"), x)
-        x = tap(self, "conv_pool1", pooling.max_pool(x, 2))
+        try:
+            x = tap(self, "conv_pool1", pooling.max_pool(x, 2))
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from None
         normalize = layers.normalize_and_activate
         x = normalize(self, norm(name="norm1"), x, train, "gelu", "gelu1")
         x = tapped(self, conv(name="conv2"), x)
