@@ -154,7 +154,9 @@ KEYS: dict[str, Key] = {
     "optimizer.momentum": Key(0.9, "momentum, or beta1", high=0.9999),
     "optimizer.nesterov": Key(True, "Nesterov's momentum (sgd, muon)"),
     "optimizer.beta2": Key(0.999, "beta2 (adamw, lamb)", high=0.999999),
-    "optimizer.weight_decay": Key(0.0, "weight decay; never on biases and norms"),
+    "optimizer.weight_decay": Key(
+        0.0, "weight decay; on biases and norms only where muon is the optimizer"
+    ),
     "optimizer.clip_norm": Key(0.0, "clip the gradient's global norm; 0: off"),
     "optimizer.normalize": Key(
         False, "muon: kernels are kept at a norm of sqrt(features)"

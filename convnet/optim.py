@@ -26,7 +26,8 @@ def create(
     """Build the optimizer and its learning-rate schedule.
 
     In every optimizer gradients are first clipped to the global norm `clip_norm` (0:
-    not at all), and `weight_decay` acts on the leaves of `weight_decay_mask` only.
+    not at all), and in all but muon `weight_decay` acts on the leaves of
+    `weight_decay_mask` only.
 
     - `sgd`: PyTorch's: decay is added to the gradient (coupled), then
       buffer = momentum * buffer + gradient, and the update is lr * buffer, or with
