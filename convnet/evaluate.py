@@ -19,6 +19,7 @@ from absl import flags
 from convnet import cli, mesh, resolve
 from convnet import metrics as metrics_lib
 from convnet.data import pipeline
+from convnet.data.order import EvalOrder, HostBatch
 from convnet.data.source import Source
 from convnet.errors import ConvnetError, UsageError
 from convnet.report import Mistake
@@ -29,16 +30,16 @@ PredictStep = Callable[..., dict[str, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class _Picked:
-    """`pipeline.EvalOrder` over some of the examples."""
+    """`EvalOrder` over some of the examples."""
 
     index: np.ndarray
     batch_size: int
 
     def __len__(self) -> int:
-        return len(pipeline.EvalOrder(len(self.index), self.batch_size))
+        return len(EvalOrder(len(self.index), self.batch_size))
 
-    def __call__(self, step: int) -> pipeline.HostBatch:
-        batch = pipeline.EvalOrder(len(self.index), self.batch_size)(step)
+    def __call__(self, step: int) -> HostBatch:
+        batch = EvalOrder(len(self.index), self.batch_size)(step)
         return {**batch, "index": self.index[batch["index"]]}
 
 
@@ -90,7 +91,7 @@ def predict_split(
       `index` (n,), `label` and `prediction` (n, ...), and the task's metrics (n,) of
       the n readable examples, in the order of the data.
     """
-    order = order or pipeline.EvalOrder(split.examples, batch_size)
+    order = order or EvalOrder(split.examples, batch_size)
     outputs: list[dict[str, jax.Array]] = []
     for batch in split.batches(order, 0, len(order)):
         outputs.append(

@@ -108,7 +108,9 @@ class Loop:
         """Clocks the waiting for input."""
         start = time.perf_counter()
         dispatch = next(dispatches, None)
-        self._waited += time.perf_counter() - start
+        # While the last step is still running, the devices do not wait.
+        if not self._pending or self._pending[-1]["count"].is_ready():
+            self._waited += time.perf_counter() - start
         return dispatch
 
     def _train(self, steps: int, batch: Any) -> Any:

@@ -19,6 +19,7 @@ from convnet import step as step_lib
 from convnet import task as task_lib
 from convnet.data import measure, pipeline
 from convnet.data import source as source_lib
+from convnet.data.order import TrainOrder
 from convnet.errors import UsageError
 from convnet.models import summary as summary_lib
 from convnet.step import Recipe, TrainState
@@ -36,7 +37,7 @@ class Run:
     schedule: optim.Schedule
     total_steps: int
     state: TrainState | None
-    train_order: pipeline.TrainOrder
+    train_order: TrainOrder
     summary: str
     example_shape: tuple[int, ...]
     example_dtype: np.dtype
@@ -128,7 +129,7 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
         _check_shapes(recipe, pipeline.first(dataset.train))
     except ValueError as error:
         raise UsageError(f"{error} (an input is {example.shape[1:]})") from error
-    order = pipeline.TrainOrder(len(dataset.train), config.data.batch_size, config.seed)
+    order = TrainOrder(len(dataset.train), config.data.batch_size, config.seed)
     return Run(
         config=config,
         changed=changed,

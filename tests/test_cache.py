@@ -17,6 +17,7 @@ from PIL import Image
 
 from convnet.data import cache, decode, source
 from convnet.data.decode import DecodeError
+from convnet.data.order import TrainOrder
 from convnet.errors import UsageError
 
 RNG = np.random.default_rng(0)
@@ -88,7 +89,7 @@ def test_the_second_epoch_decodes_nothing(folder, tmp_path, decoded):
 
     store = tmp_path / "made" / "when needed"
     mesh = mesh_lib.make(jax.device_count())
-    order = pipeline.TrainOrder(COUNT, 4, seed=0)
+    order = TrainOrder(COUNT, 4, seed=0)
 
     def epoch(split, number):
         steps = COUNT // 4

@@ -18,7 +18,8 @@ import pytest
 from convnet import mesh as mesh_lib
 from convnet.data import measure, pipeline, source
 from convnet.data.decode import DecodeError
-from convnet.data.pipeline import BadInputs, EvalOrder, Resident, Streaming, TrainOrder
+from convnet.data.order import EvalOrder, TrainOrder
+from convnet.data.pipeline import BadInputs, Resident, Streaming
 from convnet.errors import ConvnetError
 
 

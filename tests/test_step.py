@@ -17,7 +17,7 @@ from convnet import config as config_lib
 from convnet import mesh as mesh_lib
 from convnet import optim
 from convnet import step as step_lib
-from convnet.data.pipeline import TrainOrder
+from convnet.data.order import TrainOrder
 from convnet.models import layers
 from convnet.step import Recipe
 from convnet.task import Classification, Regression

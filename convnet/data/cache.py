@@ -138,6 +138,8 @@ def _content(data: bytes | str | Path) -> bytes | None:
     """The file's bytes; None if it cannot be read (decoding says why) or is huge."""
     if isinstance(data, bytes):
         return data
+    if not os.path.isfile(data):  # to open a pipe could wait for ever
+        return None
     try:
         with open(data, "rb", buffering=0) as file:
             if os.fstat(file.fileno()).st_size <= _MAX_FILE_BYTES:

@@ -1,6 +1,6 @@
 """(seed, step) -> batch, by two paths: from device memory, or streamed from the host.
 
-Which examples make up step s is a pure function of (seed, s) (`train_order`); there is
+Which examples make up step s is a pure function of (seed, s) (`order.py`); there is
 no iterator state. Both paths put the same batch on the devices: the resident path sends
 only the indices and gathers inside the compiled step, the streaming path reads, decodes
 and sends the examples. `step.materialize` is where they meet.
@@ -12,13 +12,11 @@ A batch on the devices holds `index` int32 (b,), `epoch` int32 (b,), `weight` fl
 import collections
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
 import gc
-import math
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
@@ -29,66 +27,15 @@ from tqdm import tqdm
 from convnet import mesh as mesh_lib
 from convnet.data import source as source_lib
 from convnet.data.decode import DecodeError
+from convnet.data.order import HostBatch, Order
 from convnet.data.source import Source
 from convnet.errors import ConvnetError
 
-HostBatch = dict[str, np.ndarray]
-Order = Callable[[int], HostBatch]
 Bad = dict[int, tuple[str, str]]  # index -> (id, reason)
 
 _CPU_RESIDENT_BYTES = 2 << 30
 # Each holds a batch; what they do outside decoders, one at a time, limits them sooner.
 _MAX_THREADS = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainOrder:
-    """The order of training: an endless sequence of shuffled epochs, cut into batches.
-
-    Each example comes exactly once in an epoch; a batch may reach into the next one.
-    """
-
-    examples: int
-    batch_size: int
-    seed: int
-
-    def __call__(self, step: int) -> HostBatch:
-        """Returns `index`, `epoch` int32 (b,) and `weight` float32 (b,) of a step."""
-        place = step * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
-        epoch = place // self.examples
-        index = np.empty(self.batch_size, np.int32)
-        for one in np.unique(epoch):
-            here = epoch == one
-            shuffled = _permutation(self.seed, int(one), self.examples)
-            index[here] = shuffled[place[here] % self.examples]
-        weight = np.ones(self.batch_size, np.float32)
-        return {"index": index, "epoch": epoch.astype(np.int32), "weight": weight}
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
-    generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    return generator.permutation(examples).astype(np.int32)
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalOrder:
-    """Every example once, in order; the last batch is padded with weight 0."""
-
-    examples: int
-    batch_size: int
-
-    def __len__(self) -> int:
-        return math.ceil(self.examples / self.batch_size)
-
-    def __call__(self, step: int) -> HostBatch:
-        """Returns `index`, `epoch` int32 (b,) and `weight` float32 (b,) of a batch."""
-        place = step * self.batch_size + np.arange(self.batch_size)
-        return {
-            "index": np.where(place < self.examples, place, 0).astype(np.int32),
-            "epoch": np.zeros(self.batch_size, np.int32),
-            "weight": (place < self.examples).astype(np.float32),
-        }
 
 
 class BadInputs:

@@ -1,0 +1,1 @@
+"""Measurements against peers, one file a question: `python -m benchmarks.NAME`."""

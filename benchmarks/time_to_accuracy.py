@@ -1,0 +1,267 @@
+"""Seconds of training until CIFAR-10's test images are right, against PyTorch.
+
+usage: python -m benchmarks.time_to_accuracy [--data_dir=FOLDER] [--seeds=N]
+           [--epochs=N] [--peer_python=PATH] [--output=FILE.json]
+
+Ours is `python -m convnet.main` with the experiment; the peer trains airbench94's
+recipe, written in PyTorch, on the same decoded images. Both are evaluated after every
+epoch, and in the end once more by the experiment's test-time augmentation (for which
+the last epoch counts). Seconds are those of training alone, and once more with
+compilation (and initialisation) added; evaluation never counts. Runs take turns, seed
+by seed; rows of one seed come as soon as it is done, means over the seeds last.
+
+The targets 92, 93 and 94 % are for the original images. On a copy of CIFAR-10 stored as
+JPEG they are out of reach; a target that no evaluation reached has no number.
+"""
+
+import contextlib
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+
+from benchmarks import table as table_lib
+from benchmarks.peer import Peer
+from benchmarks.table import Row, Table
+from convnet import cli
+from convnet.data import source
+from convnet.data.decode import DecodeError
+from convnet.errors import ConvnetError, UsageError
+from convnet.workdir import Workdir
+
+TARGETS = "85,88,90,92,93,94"
+PEER = "PyTorch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """One run.
+
+    Attributes:
+      points: (seconds of training, accuracy in %) after each epoch, and in the end.
+      compilation: seconds of compilation and initialisation.
+      parameters: how many numbers were trained.
+    """
+
+    points: tuple[tuple[float, float], ...]
+    compilation: float
+    parameters: int
+
+    def seconds_to(self, target: float, compiling: bool = False) -> float | None:
+        """Returns the seconds until an evaluation reached `target` %, None if none."""
+        extra = self.compilation if compiling else 0.0
+        for seconds, accuracy in self.points:
+            if accuracy >= target:
+                return seconds + extra
+        return None
+
+
+def define(values: flags.FlagValues, argv: list[str]) -> None:
+    """Defines the flags of this benchmark."""
+    del argv
+    table_lib.define(values, repeats=None)
+    for name, default, meaning in (
+        ("experiment", "experiments/cifar10_speed.py", "our side"),
+        ("data_dir", "", "data.dir of the experiment, if not its own"),
+        ("targets", TARGETS, "accuracies in %"),
+        ("workdir", "", "folder to keep our runs in; a finished one is not repeated"),
+    ):
+        flags.DEFINE_string(name, default, meaning, flag_values=values)
+    flags.DEFINE_integer("seeds", 5, "runs, from seed 0", 1, flag_values=values)
+    flags.DEFINE_float(
+        "epochs", None, "of both sides, instead of the experiment's", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "limit", 0, "use only n images of each split; 0: all", 0, flag_values=values
+    )
+    flags.DEFINE_bool(
+        "peer_compiled",
+        None,
+        "compile the peer's network; by default on a GPU",
+        flag_values=values,
+    )
+
+
+def main(values: flags.FlagValues) -> None:
+    """Trains both sides for every seed.
+
+    Raises:
+      ConvnetError: a run failed.
+    """
+    try:
+        targets = [float(target) for target in values.targets.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--targets={values.targets}: {error}") from error
+    arguments = [f"--config={values.experiment}", *_overrides(values)]
+    config = cli.parse(["", *arguments], cli.define_config, "").config
+    python = table_lib.peer_python(values)
+    title = f"seconds to accuracy: {values.experiment}, {values.device}"
+    table = Table(values.output, title)
+    ours: list[Curve] = []
+    peers: list[Curve] = []
+    with contextlib.ExitStack() as stack:
+        folder = values.workdir or stack.enter_context(tempfile.TemporaryDirectory())
+        workdir = Path(folder).expanduser().resolve()
+        peer = None
+        if python is not None:
+            peer = stack.enter_context(Peer(python, "benchmarks.peers.airbench"))
+            _load(peer, config, values.device)
+        for seed in range(values.seeds):
+            path = workdir / f"seed_{seed}"
+            ours.append(train_ours(arguments, path, seed, values.device))
+            if peer is not None:
+                peers.append(train_peer(peer, config, seed, values))
+                counts = ours[-1].parameters, peers[-1].parameters
+                if seed == 0 and counts[0] != counts[1]:
+                    table.note(
+                        "two networks: of {:,} and {:,} parameters".format(*counts)
+                    )
+            add_rows(table, f"seed_{seed}/", ours[-1:], peers[-1:], targets)
+    add_rows(table, "mean/", ours, peers, targets)
+
+
+def _overrides(values: flags.FlagValues) -> list[str]:
+    overrides = ["--config.train.eval_every=1", "--config.compilation_cache=none"]
+    if values.data_dir:
+        overrides.append(f"--config.data.dir={values.data_dir}")
+    if values.epochs:
+        overrides.append(f"--config.train.epochs={values.epochs}")
+    if values.limit:
+        for split in ("train", "test"):
+            overrides.append(f"--config.data.{split}_limit={values.limit}")
+    return overrides
+
+
+def _load(peer: Peer, config: Any, device: str) -> None:
+    """Gives the peer our decoded images."""
+    dataset = source.load(config.data, config.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path, arrays = f"{folder}/images.npz", {}
+        for name in ("train", "test"):
+            split = getattr(dataset, name)
+            records = source.read(split, range(len(split)))
+            for record in records:
+                if isinstance(record, DecodeError):
+                    raise record
+            arrays[f"x_{name}"] = np.stack([record["input"] for record in records])
+            arrays[f"y_{name}"] = np.stack([record["label"] for record in records])
+        np.savez(path, **arrays)
+        peer("load", path=path, device=device)
+
+
+def train_ours(arguments: list[str], path: Path, seed: int, device: str) -> Curve:
+    """Runs `python -m convnet.main` in the workdir `path`.
+
+    Raises:
+      ConvnetError: it failed; with its last line.
+    """
+    command = [sys.executable, "-m", "convnet.main", f"--workdir={path}"]
+    done = subprocess.run(
+        [*command, *arguments, f"--config.seed={seed}"],
+        env={**os.environ, "JAX_PLATFORMS": table_lib.PLATFORM[device]},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        words = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise ConvnetError(f"our run {path} ended with {done.returncode}: {words[0]}")
+    workdir = Workdir(path)
+    batch = workdir.read_json("config.json")["data"]["batch_size"]
+    return curve(workdir.history(), batch, workdir.read_json("result.json"))
+
+
+def curve(rows: list[dict[str, Any]], batch: int, result: dict[str, Any]) -> Curve:
+    """Reads a run off its metrics.jsonl and result.json.
+
+    A line of training gives the rate since the last such line; from it come the seconds
+    of training, without evaluations, checkpoints and compilation.
+    """
+    points, seconds, step = [], 0.0, 0
+    for row in rows:
+        if "images_per_second" in row:
+            seconds += (row["step"] - step) * batch / row["images_per_second"]
+            step = row["step"]
+        if "test/accuracy" in row:
+            points.append((seconds, 100 * row["test/accuracy"]))
+    points.append((seconds, 100 * result["test/accuracy"]))
+    return Curve(tuple(points), result["compile/seconds"], result["params/count"])
+
+
+def train_peer(peer: Peer, config: Any, seed: int, values: flags.FlagValues) -> Curve:
+    """Has the peer train, with as many epochs and images in a step as ours."""
+    compiled = values.peer_compiled
+    begun = peer(
+        "begin",
+        seed=seed,
+        epochs=config.train.epochs,
+        batch=config.data.batch_size,
+        compiled=values.device == "gpu" if compiled is None else compiled,
+    )
+    points, seconds = [], 0.0
+    for _ in range(begun["epochs"]):
+        epoch = peer("epoch")
+        seconds += epoch["seconds"]
+        points.append((seconds, 100 * epoch["accuracy"]))
+    last = peer("evaluate", views=config.evaluate.tta)
+    points.append((seconds, 100 * last))
+    return Curve(tuple(points), begun["seconds"], begun["parameters"])
+
+
+def add_rows(
+    table: Table,
+    prefix: str,
+    ours: Sequence[Curve],
+    peers: Sequence[Curve],
+    targets: Sequence[float],
+) -> None:
+    """Adds the final accuracy, and for each target the seconds, without and with
+    compilation; each a mean over runs, with their spread in a line below."""
+    name = PEER if peers else None
+
+    def add(case: str, unit: str, measure: Callable[[Curve], float | None]) -> None:
+        sides = [[measure(run) for run in runs] for runs in (ours, peers)]
+        means = [mean(side) for side in sides]
+        table.add(Row(prefix + case, unit, *means, name))
+        if len(ours) > 1:
+            table.note("; ".join(map(spread, ("ours", "peer"), sides)))
+
+    add("final_accuracy", "%", lambda run: run.points[-1][1])
+    add("train", "s", lambda run: run.points[-1][0])
+    for target in targets:
+        case = f"to_{target:g}"
+        add(case, "s", lambda run, target=target: run.seconds_to(target))
+        add(
+            f"{case}/with_compilation",
+            "s",
+            lambda run, target=target: run.seconds_to(target, compiling=True),
+        )
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Returns the mean; None if there is none for some run, which did not get there."""
+    if not values or None in values:
+        return None
+    return statistics.fmean(values)
+
+
+def spread(side: str, values: Sequence[float | None]) -> str:
+    """Returns for example "ours 93.9 to 94.1, deviation 0.05, 5 of 5 runs"."""
+    found = [value for value in values if value is not None]
+    text = f"{side}: {len(found)} of {len(values)} runs"
+    if len(found) > 1:
+        deviation = statistics.stdev(found)
+        text += f", {min(found):.4g} to {max(found):.4g}, deviation {deviation:.2g}"
+    return text
+
+
+if __name__ == "__main__":
+    cli.run(main, define, __doc__)
