@@ -13,7 +13,7 @@ from convnet.errors import ConvnetError
 PROJECT = Path(__file__).resolve().parent.parent
 HOW_TO = (
     "no peer: make an environment for it, with torch's build for your device,\n"
-    "  python3.11 -m venv .venv-peer && .venv-peer/bin/pip install torch numpy\n"
+    "  python3.11 -m venv .venv-peer && .venv-peer/bin/pip install torch numpy pillow\n"
     "and pass --peer_python=.venv-peer/bin/python (or set CONVNET_PEER_PYTHON)"
 )
 

@@ -91,7 +91,10 @@ class Loop:
             stop = start + 1
             while stop % together and not any(self._due(stop, stop - 1)):
                 stop += 1
-            yield stop - start, split.stack(it.train_order, start, stop)
+            if stop - start > 1:
+                yield stop - start, split.stack(it.train_order, start, stop)
+            else:
+                yield 1, next(split.batches(it.train_order, start, stop))
             start = stop
 
     def _steps_together(self, split: pipeline.Split) -> int:

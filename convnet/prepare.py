@@ -126,7 +126,8 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
             config.optimizer.ema,
         )
         summary = summary_lib.summarize(model, example.shape)
-        _check_shapes(recipe, pipeline.first(dataset.train))
+        first = pipeline.first(dataset.train)
+        _check_shapes(recipe, first, config.evaluate.tta)
     except ValueError as error:
         raise UsageError(f"{error} (an input is {example.shape[1:]})") from error
     order = TrainOrder(len(dataset.train), config.data.batch_size, config.seed)
@@ -146,7 +147,7 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
     )
 
 
-def _check_shapes(recipe: Recipe, record: dict[str, Any]) -> None:
+def _check_shapes(recipe: Recipe, record: dict[str, Any], views: str) -> None:
     """Traces both steps, so that what does not fit together fails before a run."""
     batch = {
         name: jnp.zeros((2, *np.shape(value)), np.asarray(value).dtype)
@@ -157,7 +158,8 @@ def _check_shapes(recipe: Recipe, record: dict[str, Any]) -> None:
 
     def predict() -> dict[str, jax.Array]:
         state = step_lib.create_state(recipe, batch["input"])
-        return step_lib.predict_step(state.variables(), {}, batch, recipe=recipe)
+        variables = state.variables()
+        return step_lib.predict_step(variables, {}, batch, recipe=recipe, views=views)
 
     jax.eval_shape(predict)
 

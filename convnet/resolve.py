@@ -98,6 +98,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
                     f"{name} is {values[name]}, but task.name = 'regression' does not"
                     " read it"
                 )
+        if values["evaluate.tta_below"] < 1:
+            raise UsageError(
+                f"evaluate.tta_below is {values['evaluate.tta_below']}, but task.name ="
+                " 'regression' has no probabilities to be unsure of"
+            )
     if values["task.positive"] and values["task.name"] != "binary":
         raise UsageError(
             f"task.positive is {values['task.positive']!r}, but only task.name ="

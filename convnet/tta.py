@@ -26,7 +26,8 @@ def logits(
       views: one of `VIEWS`.
 
     Raises:
-      ValueError: unknown views; or a side of one pixel, which cannot be moved by one.
+      ValueError: unknown views; a side of one pixel, which cannot be moved by one; or
+        `apply` predicts maps, which would have to be moved back.
     """
     if views not in VIEWS:
         raise ValueError(f"views {views!r}: want one of {', '.join(VIEWS)}")
@@ -54,4 +55,10 @@ def _mean(
     shares: list[float],
 ) -> jax.Array:
     # One after the other: together they would need their number times the memory.
-    return sum(share * apply(view) for view, share in zip(views, shares, strict=True))
+    found = [apply(view) for view in views]
+    if found[0].ndim > 2:
+        raise ValueError(
+            "the views would move the input but not what is predicted, a map of shape"
+            f" {found[0].shape[1:]}: average over none"
+        )
+    return sum(share * one for one, share in zip(found, shares, strict=True))

@@ -274,6 +274,10 @@ def test_ranges(name, good, bad):
             ["optimizer.accumulate is 4", "data.batch_size = 10"],
         ),
         ({"task__positive": "cat"}, ["task.positive", "'cat'", "binary"]),
+        (
+            {"task__name": "regression", "evaluate__tta_below": 0.9},
+            ["evaluate.tta_below is 0.9", "regression"],
+        ),
     ],
 )
 def test_values_that_do_not_go_together(changes, named):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from convnet import config as config_lib
-from convnet import evaluate
+from convnet import evaluate, prepare
 from convnet.data.source import ArraySource
+from convnet.errors import UsageError
 from convnet.task import Binary, Classification, Regression
 
 
@@ -176,3 +177,30 @@ def test_no_second_pass_where_all_are_sure(tables):
     found, again = views_of(tables, "flip", below=0.4)
     assert again == []
     np.testing.assert_array_equal(found["prediction"], tables["none"][READABLE])
+
+
+@pytest.mark.parametrize(
+    ("shape", "views", "message"),
+    [
+        ((3, 4, 5, 1), "flip", r"a map of shape \(4, 5, 1\)"),
+        ((1, 6, 1), "flip_translate", r"moves inputs by a pixel, .*\(1, 6, 1\)"),
+    ],
+)
+def test_views_that_cannot_be_are_refused_before_the_run(
+    shape, views, message, tmp_path
+):
+    x = np.zeros((8, *shape), np.float32)
+    y = x[:, -1] if len(shape) > 3 else np.arange(8.0, dtype=np.float32)
+    arrays = {"x_train": x, "y_train": y, "x_test": x, "y_test": y}
+    np.savez(tmp_path / "data.npz", **arrays)
+    config = config_lib.default()
+    config.data.name, config.data.dir = "arrays", str(tmp_path / "data.npz")
+    config.data.batch_size = 4
+    config.task.name = "regression"
+    config.model.update(widths=(2,), depth=1, pool="none")
+    config.model.gather = "time" if len(shape) > 3 else "global"
+    config.evaluate.tta = views
+    with pytest.raises(UsageError, match=message):
+        prepare.prepare(config)
+    config.evaluate.tta = "none"
+    prepare.prepare(config)

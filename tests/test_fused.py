@@ -269,13 +269,14 @@ def test_gelu_is_numpys(dtype):
     y, back = jax.vjp(layers.gelu, jnp.asarray(x))
     (gradient,) = back(jnp.asarray(weights))
     assert y.dtype == gradient.dtype == x.dtype
-    tolerance = 1e-6 if dtype == "float32" else 5e-3
+    # Far below zero 1 + tanh is a small difference of numbers near 1.
+    tolerance = 5e-6 if dtype == "float32" else 5e-3
     np.testing.assert_allclose(
-        np.asarray(y, np.float64), value, rtol=tolerance * 10, atol=tolerance
+        np.asarray(y, np.float64), value, rtol=tolerance, atol=tolerance
     )
     want = slope * weights.astype(np.float64)
     np.testing.assert_allclose(
-        np.asarray(gradient, np.float64), want, rtol=tolerance * 10, atol=tolerance
+        np.asarray(gradient, np.float64), want, rtol=tolerance, atol=tolerance
     )
     # The tails are those of the identity and of zero, not NaN.
     far = jnp.asarray([-1e18, -100.0, 100.0, 1e18], DTYPES[dtype])
