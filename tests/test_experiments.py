@@ -336,6 +336,9 @@ def test_the_quick_recipe_learns(tmp_path):
         "data.name": "arrays",
         "data.batch_size": 25,
         "model.widths": (8, 16, 16),
+        # As many times the published rates as the batch has pictures.
+        "optimizer.head_lr": 0.67 * 25,
+        "optimizer.bias_lr": 0.053 * 25,
         "train.epochs": 3.0,
         "train.steps": 0,
         "train.steps_per_dispatch": 2,
