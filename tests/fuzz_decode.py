@@ -33,7 +33,7 @@ class Findings:
     hangs: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)  # other exceptions, bad results
     slowest: float = 0.0  # seconds of CPU time
-    peak: int = 0  # bytes of resident memory
+    peak: int = 0  # bytes of resident memory, beyond those at the start
 
 
 def originals() -> dict[str, bytes]:
@@ -138,6 +138,7 @@ def check(data: bytes, size: int) -> bool:
 def _work(pipe, seed: int, start: int, stop: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     files = originals()
+    before = _resident()  # a process inherits the peak of the one that started it
     for index in range(start, stop):
         _, data, size = made(files, seed, index)
         began = time.process_time()
@@ -145,9 +146,14 @@ def _work(pipe, seed: int, start: int, stop: int) -> None:
             outcome = check(data, size)
         except Exception as error:
             outcome = f"{type(error).__name__}: {error}"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak *= 1 if sys.platform == "darwin" else 1024
+        peak = _resident() - before
         pipe.send((index, outcome, time.process_time() - began, peak))
+
+
+def _resident() -> int:
+    """The most bytes of resident memory so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def run(inputs: int, seed: int) -> Findings:
