@@ -39,7 +39,12 @@ def get_config():
 """
 
 COMMANDS = {
-    "train_step": ["--networks=speednet", "--batch=8", "--repeats=1"],
+    "train_step": [
+        "--networks=speednet",
+        "--dtypes=bfloat16",
+        "--batch=8",
+        "--repeats=1",
+    ],
     "scaling": [
         *("--sizes=8,96", "--batches=16", "--counts=", "--depths="),
         *("--width=4", "--batch=16", "--repeats=1"),
@@ -100,16 +105,11 @@ def test_rows_follow_the_schema_and_a_line_says_how_to_make_a_peer(runs, name):
     assert "pip install torch" in printed
 
 
-def test_train_step_measures_both_precisions_in_both_modes(runs):
+def test_train_step_measures_both_modes(runs):
     rows, _ = runs["train_step"]
     found = numbers(rows)
-    modes = ("train", "infer")
-    assert list(found) == [
-        f"speednet/{d}/{m}" for d in train_step.DTYPES for m in modes
-    ]
+    assert list(found) == ["speednet/bfloat16/train", "speednet/bfloat16/infer"]
     assert {row["unit"] for row in rows} == {"images/s"}
-    # Training does all that inference does, and twice as much again.
-    assert found["speednet/float32/infer"] > found["speednet/float32/train"]
 
 
 def test_cost_grows_with_the_side_and_memory_is_measured(runs):
