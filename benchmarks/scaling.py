@@ -1,12 +1,12 @@
 """How a train step's cost per image grows, and the memory that a step takes.
 
-usage: python -m benchmarks.scaling [--batch=64] [--width=16] [--dtype=float32]
-           [--peer_python=PATH] [--output=FILE.json]
+usage: python -m benchmarks.scaling [--network=resnet18] [--batch=64] [--width=16]
+           [--dtype=float32] [--peer_python=PATH] [--output=FILE.json]
 
 Cost per image with the number of images in memory (`images/N`), their side (`size/N`)
 and the depth (`depth/NAME`); and, by the images in a step, the memory that it takes
 while it runs, beyond weights, optimizer and data (`memory/batch_N`; on a CPU under
-Linux only). The network is a ResNet-18, as wide as --width says, the peer PyTorch in
+Linux only). The network is --network, as wide as --width says, the peer PyTorch in
 eager mode.
 """
 
@@ -20,7 +20,7 @@ from benchmarks import table as table_lib
 from benchmarks.ours import Side
 from benchmarks.peer import Peer
 from benchmarks.table import Row, Table
-from benchmarks.train_step import DTYPES, check
+from benchmarks.train_step import DTYPES, NETWORKS, check
 from convnet import cli
 from convnet.errors import UsageError
 
@@ -46,6 +46,13 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
         ("width", 16, "features of the first stage"),
     ):
         flags.DEFINE_integer(name, default, meaning, lower_bound=1, flag_values=values)
+    flags.DEFINE_enum(
+        "network",
+        "resnet18",
+        NETWORKS,
+        "network, where the depth is not what grows",
+        flag_values=values,
+    )
     flags.DEFINE_enum("dtype", "float32", DTYPES, "precision", flag_values=values)
 
 
@@ -62,7 +69,7 @@ def main(values: flags.FlagValues) -> None:
     python = table_lib.start(values)
     table = Table(values.output, f"scaling, {values.dtype}, {values.device}")
     usual = {
-        "network": "resnet18",
+        "network": values.network,
         "dtype": values.dtype,
         "batch": values.batch,
         "width": values.width,

@@ -46,8 +46,8 @@ COMMANDS = {
         "--repeats=1",
     ],
     "scaling": [
-        *("--sizes=8,96", "--batches=16", "--counts=", "--depths="),
-        *("--width=4", "--batch=16", "--repeats=1"),
+        *("--network=speednet", "--sizes=32,96", "--batches=4", "--counts="),
+        *("--depths=", "--batch=4", "--repeats=1"),
     ],
     "startup": ["--batch=4", "--repeats=1"],
     "time_to_accuracy": ["--seeds=1", "--targets=90,100.5"],
@@ -115,10 +115,10 @@ def test_train_step_measures_both_modes(runs):
 def test_cost_grows_with_the_side_and_memory_is_measured(runs):
     rows, _ = runs["scaling"]
     found = numbers(rows)
-    assert list(found) == ["size/8", "size/96", "memory/batch_16"]
-    # 144 times as many places.
-    assert found["size/96"] > 3 * found["size/8"]
-    assert rows[-1]["unit"] == "MiB" and 1 < found["memory/batch_16"] < 200
+    assert list(found) == ["size/32", "size/96", "memory/batch_4"]
+    # Nine times as many places.
+    assert found["size/96"] > 2 * found["size/32"]
+    assert rows[-1]["unit"] == "MiB" and 1 < found["memory/batch_4"] < 200
 
 
 def test_phases_of_a_start_make_up_its_total(runs):

@@ -18,7 +18,7 @@ from convnet import mesh as mesh_lib
 from convnet import optim
 from convnet import step as step_lib
 from convnet.data.order import TrainOrder
-from convnet.models import layers
+from convnet.models import layers, pooling
 from convnet.step import Recipe
 from convnet.task import Classification, Regression
 
@@ -520,8 +520,51 @@ def several_steps():
     }
 
 
+class Ours(nn.Module):
+    """The layers with backward passes of their own."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        x = layers.Conv(6, use_bias=False, name="conv")(inputs)
+        norm = layers.BatchNorm(name="norm")
+        x = layers.normalize_and_activate(self, norm, x, True, "gelu", "gelu")
+        return pooling.max_pool(x, 2)
+
+
+def gradients_of_layers():
+    """Value, statistics and gradients, the batch on all devices of this process."""
+    random = np.random.default_rng(3)
+    mesh = mesh_lib.make(16)
+    shapes = {"x": (16, 6, 6, 5), "weights": (16, 3, 3, 6)}
+    batch = {name: random.normal(size=shape) for name, shape in shapes.items()}
+    batch = {name: value.astype(np.float32) for name, value in batch.items()}
+    params = {
+        "conv": {"kernel": random.normal(size=(3, 3, 5, 6)).astype(np.float32)},
+        "norm": {name: np.full(6, 1.5, np.float32) for name in ("scale", "bias")},
+    }
+    stats = {"norm": {name: np.ones(6, np.float32) for name in ("mean", "var")}}
+
+    @functools.partial(
+        jax.jit,
+        out_shardings=mesh_lib.replicated(mesh),
+        compiler_options=mesh_lib.compiler_options("cpu"),
+    )
+    def run(params, batch):
+        def loss(params, x):
+            given = {"params": params, "batch_stats": stats}
+            y, state = Ours().apply(given, x, mutable=["batch_stats"])
+            return (y * batch["weights"]).mean(), state
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, batch["x"])
+
+    found = run(mesh_lib.put_whole(mesh, params), mesh_lib.put_batch(mesh, batch))
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(found))
+    assert len(leaves) == 7 and all(np.any(leaf) for _, leaf in leaves)
+    return {"layers" + jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
 def save_several_steps(path):
-    np.savez(path, **several_steps())
+    np.savez(path, **several_steps(), **gradients_of_layers())
 
 
 def test_eight_devices_agree_with_one(tmp_path):
@@ -537,7 +580,7 @@ def test_eight_devices_agree_with_one(tmp_path):
     )
     with np.load(path, allow_pickle=False) as file:
         eight = dict(file)
-    one = several_steps()
+    one = several_steps() | gradients_of_layers()
     assert eight.pop("shards").tolist() == [[2]] * 8
     assert (
         one.pop("shards").tolist() == [[16 // jax.device_count()]] * jax.device_count()

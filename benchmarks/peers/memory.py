@@ -1,7 +1,6 @@
 """How much memory a function takes while it runs, on a CPU under Linux."""
 
 import re
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,17 @@ from typing import Any
 def peak(function: Callable[[], Any]) -> int:
     """Returns by how many bytes the process grows at most while `function` runs.
 
-    The median of five runs: the kernel may take pages away meanwhile. Memory that the
-    process has freed and kept does not show: measure in a new process, whose heap
-    returns what it frees.
+    The most of five runs: where the kernel takes idle pages away meanwhile, a run shows
+    too little. So does one whose memory the process had freed and kept: measure in a
+    new process, whose heap returns what it frees.
     """
     found = []
     for _ in range(5):
         before = _status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # The peak starts from here.
         function()
-        found.append(max(_status("VmHWM") - before, 0))
-    return statistics.median(found)
+        found.append(_status("VmHWM") - before)
+    return max(found)
 
 
 def _status(name: str) -> int:

@@ -14,16 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-ACTIVATIONS = ("none", "relu", "gelu")
+from convnet.models import lowering
+
+ACTIVATIONS = ("none", "relu", "relu6", "gelu")
 
 _ROOT = math.sqrt(2 / math.pi)
 _CUBE = 0.044715
 
 
 def activate(x: jax.Array, activation: str) -> jax.Array:
-    """Returns `x` (float32) after "none", "relu" or "gelu" (its tanh form)."""
+    """Returns `x` (float32) after one of `ACTIVATIONS`; "gelu" is its tanh form."""
     if activation == "relu":
         return jnp.maximum(x, 0)
+    if activation == "relu6":
+        return jnp.clip(x, 0, 6)
     if activation == "gelu":
         return 0.5 * x * (1 + jnp.tanh(_ROOT * (x + _CUBE * x * x * x)))
     return x
@@ -32,6 +36,8 @@ def activate(x: jax.Array, activation: str) -> jax.Array:
 def _slope(x: jax.Array, activation: str) -> jax.Array:
     if activation == "relu":
         return (x > 0).astype(x.dtype)
+    if activation == "relu6":
+        return ((x > 0) & (x < 6)).astype(x.dtype)
     t = jnp.tanh(_ROOT * (x + _CUBE * x * x * x))
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _ROOT * (1 + 3 * _CUBE * x * x)
 
@@ -48,7 +54,9 @@ def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
     slope = _slope(x.astype(jnp.float32), "gelu")
-    return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
+    by_x = (gradient.astype(jnp.float32) * slope).astype(x.dtype)
+    # Else it is computed again within the sum for the bias before it, and slowly.
+    return (lax.optimization_barrier(by_x),)
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
@@ -112,22 +120,35 @@ batch_norm.defvjp(_norm_forward, _norm_backward)
 def max_pool(x: jax.Array, window: int) -> jax.Array:
     """The largest value of each tile of `window` per axis of `x` (b, *spatial, c).
 
-    What does not fill a tile is dropped. The gradient goes to the first of equals.
+    What does not fill a tile is dropped. The gradient goes to the first of equals. On a
+    CPU a bfloat16 NaN counts as beyond the infinity of its sign.
     """
     return _pool_forward(x, window)[0]
 
 
 def _pool_forward(x: jax.Array, window: int) -> tuple[jax.Array, tuple]:
     kind = np.min_scalar_type(window ** (x.ndim - 2) - 1)
+    # XLA compares bfloat16 in float32, with a conversion there and back. As integers
+    # ConvNetJS's network goes through 28,900 images/s instead of 22,200.
+    integers = x.dtype == jnp.bfloat16 and lowering.on_cpu()
     y, which = None, None
     for number, place in enumerate(_offsets(x.ndim - 2, window)):
         part = x[_tile(x.shape, window, place)]
+        if integers:
+            part = _swap(lax.bitcast_convert_type(part, jnp.int16))
         if number == 0:
             y, which = part, jnp.zeros(part.shape, kind)
         else:
             which = jnp.where(part > y, kind.type(number), which)
             y = jnp.maximum(y, part)
+    if integers:
+        y = lax.bitcast_convert_type(_swap(y), jnp.bfloat16)
     return y, (which, x.shape)
+
+
+def _swap(bits: jax.Array) -> jax.Array:
+    """int16 in the order of the bfloat16 whose bits they hold, and back again."""
+    return bits ^ ((bits >> 15) & 0x7FFF)
 
 
 def _offsets(rank: int, window: int) -> list[tuple[int, ...]]:

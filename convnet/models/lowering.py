@@ -27,6 +27,9 @@ _MOST = 16
 # With so few channels (the image's own), the gradient of the kernel is one product with
 # the patches: 8 ms instead of 25 for 128 images of 32x32, 3 channels to 64.
 _FEW_CHANNELS = 4
+# Where the features are so many times the channels, float32 gains from one product for
+# each place of the kernel: 277 ms become 217 for 500 of 15x15, 64 to 256 channels.
+_MANY_FEATURES = 2
 
 _PLAIN = contextvars.ContextVar("plain", default=False)
 
@@ -127,7 +130,12 @@ def _backward(
         (k - 1 - low, k - 1 - high)
         for k, (low, high) in zip(kernel.shape, pads, strict=False)
     )
-    by_kernel = _from_patches if x.shape[3] <= _FEW_CHANNELS else _in_parts
+    channels, features = kernel.shape[2:]
+    by_kernel = _in_parts
+    if channels <= _FEW_CHANNELS:
+        by_kernel = _from_patches
+    elif x.dtype == jnp.float32 and features > _MANY_FEATURES * channels:
+        by_kernel = _by_place
     by_input = _plain(gradient, turned, (1, 1), rest)
     return by_input, by_kernel(x, kernel, pads, gradient)
 
@@ -163,6 +171,23 @@ def _from_patches(
     ]
     flat = jnp.concatenate(patches, -1).reshape(-1, kh * kw * c)
     return jnp.dot(flat.T, gradient.reshape(-1, features)).reshape(kernel.shape)
+
+
+def _by_place(
+    x: jax.Array, kernel: jax.Array, pads: Pads, gradient: jax.Array
+) -> jax.Array:
+    """The kernel's gradient, a product (c, places) by (places, f) for each place."""
+    kh, kw, c, features = kernel.shape
+    rows, columns = gradient.shape[1:3]
+    x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
+    flat = gradient.reshape(-1, features)
+    products = []
+    for i in range(kh):
+        for j in range(kw):
+            moved = x[:, i : i + rows, j : j + columns].reshape(-1, c)
+            # Copied once; within the product it would be gathered again and again.
+            products.append(jnp.dot(lax.optimization_barrier(moved).T, flat))
+    return jnp.stack(products).reshape(kernel.shape)
 
 
 _own_gradient.defvjp(_forward, _backward)
