@@ -299,9 +299,11 @@ def test_every_option_is_accepted_and_read(name):
         "dropout": 0.25,
         "norm": "batch",
         "padding": "CIRCULAR",
-        "width": 32,
+        "width": 24,
         "stem": "imagenet",
         "bn_momentum": 0.5,
+        "variant": "keras",
+        "aux": True,
     }
     for option in defaults:
         changed = models.create(name, num_outputs=2, **{option: other[option]})
@@ -331,6 +333,8 @@ def test_lists_become_tuples():
         ("cnn", {"dropout": 1.0}, "dropout=1.0 must be a number from 0 to below 1"),
         ("cnn", {"dtype": "float16"}, "dtype='float16': choose float32 or bfloat16"),
         ("cnn", {"num_outputs": 0}, "num_outputs=0 must be a positive"),
+        ("resnet50", {"variant": "tf"}, "'tf' must be one of torchvision, keras"),
+        ("inception_v3", {"aux": "yes"}, "aux='yes' must be one of False, True"),
     ],
 )
 def test_mistakes_are_named(name, options, message):

@@ -18,7 +18,7 @@ def cnn():
 
 @pytest.mark.parametrize("name", models.NAMES)
 def test_taps_come_in_network_order(name):
-    small = {"width": 2, "dense": (2, 2), "stem": "imagenet"}
+    small = {"width": 2, "dense": (2, 2), "stem": "imagenet", "aux": True}
     small = {key: small[key] for key in small if key in models.options(name)}
     model = models.create(name, num_outputs=2, **small)
     called = []
@@ -32,7 +32,8 @@ def test_taps_come_in_network_order(name):
 
     # What eval_shape returns is sorted by letter, as from any compiled function; the
     # dictionary inside is in the order of the calls.
-    taps, params = jax.eval_shape(run, jnp.zeros((1, 32, 32, 3)))
+    side = 299 if name == "inception_v3" else 32
+    taps, params = jax.eval_shape(run, jnp.zeros((1, side, side, 3)))
     assert list(models.taps(taps)) == called
     layer_paths = {path[:-1] for path in traverse_util.flatten_dict(params)}
     assert {"/".join(path) for path in layer_paths} <= set(called)

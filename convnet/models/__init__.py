@@ -17,10 +17,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from convnet.models.cnn import cnn
+from convnet.models.convnext import convnext_tiny
+from convnet.models.inception import inception_v3
 from convnet.models.intermediates import taps
 from convnet.models.layers import Classifier
+from convnet.models.mobilenet import mobilenet_v2
 from convnet.models.resnet import resnet, resnet9
 from convnet.models.speednet import speednet
+from convnet.models.squeezenet import squeezenet
 from convnet.models.vgg import vgg, vgg_bn
 
 _CONSTRUCTORS: dict[str, Callable[..., Classifier]] = {
@@ -38,6 +42,10 @@ _CONSTRUCTORS: dict[str, Callable[..., Classifier]] = {
     "resnet34": partial(resnet, "resnet34"),
     "resnet50": partial(resnet, "resnet50"),
     "resnet101": partial(resnet, "resnet101"),
+    "squeezenet1_1": squeezenet,
+    "mobilenet_v2": mobilenet_v2,
+    "inception_v3": inception_v3,
+    "convnext_tiny": convnext_tiny,
     "speednet": speednet,
 }
 NAMES = tuple(_CONSTRUCTORS)
@@ -50,6 +58,8 @@ _CHOICES = {
     "norm": ("none", "batch"),
     "padding": ("SAME", "CIRCULAR"),
     "stem": ("cifar", "imagenet"),
+    "variant": ("torchvision", "keras"),
+    "aux": (False, True),
 }
 
 
@@ -97,7 +107,7 @@ def _check(name: str, option: str, value: Any) -> None:
 
     if option in _CHOICES:
         good = value in _CHOICES[option]
-        wanted = "one of " + ", ".join(_CHOICES[option])
+        wanted = "one of " + ", ".join(map(str, _CHOICES[option]))
     elif option in ("widths", "dense"):
         good = isinstance(value, (tuple, list)) and all(map(positive, value))
         good = good and (option == "dense" or len(value) > 0)

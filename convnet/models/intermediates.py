@@ -1,7 +1,9 @@
 """Named intermediates: what a layer writes, and how a caller reads it."""
 
+import contextlib
+import contextvars
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,10 +12,28 @@ from flax import traverse_util
 
 # Collections come back from a compiled function sorted by letter. The order of the
 # network is the stem, then numbered parts by number, then these words.
-# A pool that comes before the norm has a name of its own for that: "conv_pool".
-_ORDER = ("base", "head", "whiten", "conv", "conv_pool", "dense", "norm")
-_ORDER += ("shortcut_conv", "shortcut_norm", "add", "relu", "gelu", "pool")
+# A pool that comes before the norm has a name of its own for that: "conv_pool"; a norm
+# before the convolution is a "pre_norm".
+_ORDER = ("base", "head", "aux", "whiten", "pre_norm", "conv", "conv_pool", "dense")
+_ORDER += ("norm", "expand", "gelu", "project", "layer_scale")
+_ORDER += ("shortcut_conv", "shortcut_norm", "add", "concat", "relu", "pool")
 _ORDER += ("features", "logits")
+
+_THROUGH = contextvars.ContextVar("through", default=None)
+
+
+@contextlib.contextmanager
+def through(function: Callable[[str, jax.Array], jax.Array]) -> Iterator[None]:
+    """What is traced within sends every tap through `function(path, x) -> x`.
+
+    The network goes on with what it returns: rules for the gradient, such as guided
+    back-propagation's, and ablations need no other network.
+    """
+    token = _THROUGH.set(function)
+    try:
+        yield
+    finally:
+        _THROUGH.reset(token)
 
 
 def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
@@ -24,6 +44,9 @@ def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
     "perturbations" holds an array of the same path, it is added: the gradient with
     respect to zeros there is the gradient with respect to the tap.
     """
+    function = _THROUGH.get()
+    if function is not None:
+        x = function("/".join((*module.path, name)), x)
     if module.has_variable("perturbations", name):
         x = x + module.get_variable("perturbations", name).astype(x.dtype)
     # Not at initialisation, where every collection is mutable: `init` returns what a

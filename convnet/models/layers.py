@@ -28,8 +28,12 @@ def convolve(
     kernel: Array,
     stride: int | Sequence[int] = 1,
     padding: str | int = "SAME",
+    groups: int = 1,
 ) -> Array:
     """Cross-correlates `x` `(b, *spatial, c)` with `kernel` `(*k, c, features)`.
+
+    Of `groups` of channels each has its own features: the kernel is `(*k, c / groups,
+    features)`. With as many groups as channels the convolution is depthwise.
 
     `padding` is "SAME", "VALID", "CIRCULAR" (the axes are periodic; an even kernel
     looks one further ahead than back, as in SAME), or the number of zeros at either end
@@ -46,27 +50,30 @@ def convolve(
         pads = [(padding, padding)] * rank
     else:
         pads = lax.padtype_to_pads(x.shape[1:-1], size, stride, padding)
-    if rank == 2:
+    if rank == 2 and groups == 1:
         return lowering.convolve2d(x, kernel, stride, pads)
     if rank <= 3:
         axes = "DHW"[-rank:]
         layout = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
         return lax.conv_general_dilated(
-            x, kernel, stride, pads, dimension_numbers=layout
+            x,
+            kernel,
+            stride,
+            pads,
+            dimension_numbers=layout,
+            feature_group_count=groups,
         )
-    # cuDNN stops at three spatial axes. The window of the first axis becomes channels,
-    # and each of its places an example of its own.
+    # cuDNN stops at three spatial axes. The window of the first axis becomes channels
+    # (of the same group), and each of its places an example of its own.
     x = jnp.pad(x, [(0, 0), pads[0]] + [(0, 0)] * rank)
     places = (x.shape[1] - size[0]) // stride[0] + 1
     stop = (places - 1) * stride[0] + 1
-    x = jnp.concatenate(
-        [x[:, i : i + stop : stride[0]] for i in range(size[0])], axis=-1
-    )
-    kernel = jnp.moveaxis(kernel, 0, -3)  # (*k[1:], k[0], c, features)
+    x = jnp.stack([x[:, i : i + stop : stride[0]] for i in range(size[0])], axis=-1)
+    kernel = jnp.moveaxis(kernel, 0, -2)  # (*k[1:], c / groups, k[0], features)
     kernel = kernel.reshape(*size[1:], -1, kernel.shape[-1])
     b, t = x.shape[:2]
-    x = jnp.pad(x, [(0, 0), (0, 0), *pads[1:], (0, 0)])
-    y = convolve(x.reshape(b * t, *x.shape[2:]), kernel, stride[1:], "VALID")
+    x = jnp.pad(x.reshape(*x.shape[:-2], -1), [(0, 0), (0, 0), *pads[1:], (0, 0)])
+    y = convolve(x.reshape(b * t, *x.shape[2:]), kernel, stride[1:], "VALID", groups)
     return y.reshape(b, t, *y.shape[1:])
 
 
@@ -80,8 +87,8 @@ def _per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
 class Conv(nn.Module):
     """A convolution `(b, *spatial, c) -> (b, *spatial', features)` in `dtype`.
 
-    Parameters, float32: `kernel` `(*k, c, features)`, He's initialisation, and with
-    `use_bias` a `bias` `(features,)` of zeros. See `convolve` for `padding`.
+    Parameters, float32: `kernel` `(*k, c / groups, features)`, He's initialisation, and
+    with `use_bias` a `bias` `(features,)` of zeros. See `convolve` for `padding`.
     """
 
     features: int
@@ -91,14 +98,15 @@ class Conv(nn.Module):
     use_bias: bool = True
     dtype: Dtype = jnp.float32
     kernel_init: Callable[..., Array] = he_init
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         size = _per_axis(self.kernel, x.ndim - 2)
-        shape = (*size, x.shape[-1], self.features)
+        shape = (*size, x.shape[-1] // self.groups, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        y = convolve(x, kernel, self.stride, self.padding)
+        y = convolve(x, kernel, self.stride, self.padding, self.groups)
         if self.use_bias:
             zeros, shape = nn.initializers.zeros, (self.features,)
             bias = self.param("bias", zeros, shape, jnp.float32)

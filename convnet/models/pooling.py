@@ -4,7 +4,8 @@ All take arrays `(b, *spatial, c)` with one to four spatial axes.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,32 +18,60 @@ Array = jax.Array
 
 
 def max_pool(
-    x: Array, window: int, stride: int | None = None, padding: int = 0
+    x: Array,
+    window: int,
+    stride: int | None = None,
+    padding: int = 0,
+    ceil: bool = False,
 ) -> Array:
     """The largest value in each window of `window` per axis; padding never wins.
 
     `stride` is the window's size unless given. What does not fill a window at the end
-    of an axis is dropped, here and in the other pools. The gradient goes to the first
-    of equals.
+    of an axis is dropped, here and in the other pools; with `ceil` it is a window of
+    its own. The gradient goes to the first of equals.
     """
     _check_fits(x, window, padding)
-    if stride in (None, window) and padding == 0 and not lowering.is_plain():
+    stride = stride or window
+    if ceil:
+        # As many places as PyTorch has: no window begins beyond the end.
+        places = [
+            min(-(-(n + 2 * padding - window) // stride), (n + padding - 1) // stride)
+            for n in x.shape[1:-1]
+        ]
+        ends = [
+            max(place * stride + window - n - padding, 0)
+            for place, n in zip(places, x.shape[1:-1], strict=True)
+        ]
+        return _reduce_window(x, -np.inf, lax.max, window, stride, padding, ends)
+    if stride == window and padding == 0 and not lowering.is_plain():
         return fused.max_pool(x, window)
-    return _reduce_window(x, -np.inf, lax.max, window, stride or window, padding)
+    return _reduce_window(x, -np.inf, lax.max, window, stride, padding)
 
 
 def average_pool(
-    x: Array, window: int, stride: int | None = None, padding: int = 0
+    x: Array,
+    window: int,
+    stride: int | None = None,
+    padding: int = 0,
+    count_padding: bool = True,
 ) -> Array:
-    """The mean of each window, in which zeros of the padding count; see `max_pool`."""
+    """The mean of each window; see `max_pool`.
+
+    The zeros of the padding count, as in PyTorch; without `count_padding` the mean is
+    over the values of the map alone, as in Keras.
+    """
     _check_fits(x, window, padding)
     y = x.astype(jnp.float32)
     if stride in (None, window) and padding == 0:
         tiles, within = _tiles(y, window)
         y = jnp.mean(tiles, within)
     else:
-        y = _reduce_window(y, 0.0, lax.add, window, stride or window, padding)
-        y = y / window ** (x.ndim - 2)
+        sums = partial(_reduce_window, start=0.0, op=lax.add)
+        sums = partial(sums, window=window, stride=stride or window, padding=padding)
+        count = window ** (x.ndim - 2)
+        if padding and not count_padding:
+            count = sums(jnp.ones((1, *x.shape[1:-1], 1), y.dtype))
+        y = sums(y) / count
     return y.astype(x.dtype)
 
 
@@ -80,11 +109,17 @@ def _tiles(x: Array, window: int) -> tuple[Array, tuple[int, ...]]:
 
 
 def _reduce_window(
-    x: Array, start: float, op: Callable, window: int, stride: int, padding: int
+    x: Array,
+    start: float,
+    op: Callable,
+    window: int,
+    stride: int,
+    padding: int,
+    ends: Sequence[int] = (),
 ) -> Array:
     rank = x.ndim - 2
     size, steps = (1, *[window] * rank, 1), (1, *[stride] * rank, 1)
-    pads = [(0, 0), *[(padding, padding)] * rank, (0, 0)]
+    pads = [(0, 0), *((padding, end) for end in ends or [padding] * rank), (0, 0)]
     # A NumPy scalar of the array's dtype: with any other, lax does not see which
     # operation this is, and cannot differentiate it.
     return lax.reduce_window(x, np.array(start, x.dtype), op, size, steps, pads)

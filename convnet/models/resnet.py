@@ -1,8 +1,10 @@
 """Residual networks (He, Zhang, Ren and Sun 2015, "Deep residual learning").
 
 The variant is torchvision's, known as v1.5: a bottleneck strides in its 3x3
-convolution, and padding is symmetric. The last scale of each branch starts at zero, so
-that every block starts as its shortcut (Goyal et al. 2017, section 5.1).
+convolution. In that of Keras it strides in its first 1x1 convolution, as in the paper;
+the convolutions have biases, and batch norm another epsilon. Padding is symmetric. The
+last scale of each branch starts at zero, so that every block starts as its shortcut
+(Goyal et al. 2017, section 5.1).
 """
 
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ STAGES = {
     "resnet50": ((3, 4, 6, 3), True),
     "resnet101": ((3, 4, 23, 3), True),
 }
+_KERAS_EPSILON = 1.001e-5
 
 
 class ResNetBase(nn.Module):
@@ -36,15 +39,19 @@ class ResNetBase(nn.Module):
     stem: str = "cifar"
     bn_momentum: float = 0.9
     dtype: Dtype = jnp.float32
+    variant: str = "torchvision"
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
-        norm = partial(layers.BatchNorm, self.bn_momentum, dtype=self.dtype)
-        conv = partial(_conv, dtype=self.dtype)
+        keras = self.variant == "keras"
+        epsilon = _KERAS_EPSILON if keras else 1e-5
+        norm = partial(layers.BatchNorm, self.bn_momentum, epsilon, dtype=self.dtype)
+        conv = partial(_conv, use_bias=keras, dtype=self.dtype)
         x = Stem(self.width, self.stem, conv, norm, name="stem")(x, train)
+        block = partial(ResidualBlock, conv=conv, norm=norm, stride_first=keras)
         for i, blocks in enumerate(self.stages):
             width, stride = self.width * 2**i, 1 if i == 0 else 2
-            block = partial(ResidualBlock, width, self.bottleneck, conv, norm)
+            block = partial(block, width=width, bottleneck=self.bottleneck)
             x = Stage(blocks, stride, block, name=f"stage{i + 1}")(x, train)
         return tap(self, "features", pooling.global_average(x))
 
@@ -78,7 +85,8 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         for i in range(self.blocks):
-            block = self.block(self.stride if i == 0 else 1, name=f"block{i + 1}")
+            stride = self.stride if i == 0 else 1
+            block = self.block(stride=stride, name=f"block{i + 1}")
             x = block(x, train)
         return x
 
@@ -94,13 +102,15 @@ class ResidualBlock(nn.Module):
     conv: partial
     norm: partial
     stride: int
+    stride_first: bool = False  # of a bottleneck: in its 1x1 convolution
 
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         w, s = self.width, self.stride
         plan = [(w, 3, s), (w, 3, 1)]  # features, kernel, stride
         if self.bottleneck:
-            plan = [(w, 1, 1), (w, 3, s), (4 * w, 1, 1)]
+            first, second = (s, 1) if self.stride_first else (1, s)
+            plan = [(w, 1, first), (w, 3, second), (4 * w, 1, 1)]
         y = x
         for i, (features, kernel, stride) in enumerate(plan, 1):
             y = tapped(self, self.conv(features, kernel, stride, name=f"conv{i}"), y)
@@ -134,7 +144,7 @@ class ResNet9Base(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         norm = partial(layers.BatchNorm, self.bn_momentum, dtype=self.dtype)
-        conv = partial(_conv, dtype=self.dtype)
+        conv = partial(_conv, use_bias=False, dtype=self.dtype)
         x = Stem(self.width, "cifar", conv, norm, name="stem")(x, train)
         for i, residual in enumerate((True, False, True), 1):
             width = self.width * 2**i
@@ -163,14 +173,14 @@ class PoolStage(nn.Module):
 
 
 def _conv(
-    features: int, kernel: int, stride: int, *, dtype: Dtype, name: str
+    features: int, kernel: int, stride: int, *, use_bias: bool, dtype: Dtype, name: str
 ) -> layers.Conv:
     return layers.Conv(
         features,
         kernel,
         stride,
         padding=kernel // 2,
-        use_bias=False,
+        use_bias=use_bias,
         dtype=dtype,
         name=name,
     )
@@ -186,10 +196,11 @@ def resnet(
     dense: Sequence[int] = (),
     dropout: float = 0.0,
     bn_momentum: float = 0.9,
+    variant: str = "torchvision",
 ) -> layers.Classifier:
     """One of `STAGES`; `width` is the number of features of stem and first stage."""
     stages, bottleneck = STAGES[name]
-    base = ResNetBase(stages, bottleneck, width, stem, bn_momentum, dtype)
+    base = ResNetBase(stages, bottleneck, width, stem, bn_momentum, dtype, variant)
     return layers.Classifier(base, layers.Head(num_outputs, dense, dropout, dtype))
 
 
