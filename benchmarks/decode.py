@@ -22,6 +22,7 @@ from benchmarks import table as table_lib
 from benchmarks.table import Row, Table
 from convnet import cli
 from convnet.data.decode import decode, fit
+from convnet.data.resize import Resize
 from convnet.errors import UsageError
 
 # Name: width and height, format, size to decode to, how many.
@@ -115,7 +116,7 @@ def decoders(format: str) -> dict[str, Callable[[bytes, int], np.ndarray]]:
 
 
 def _ours(data: bytes, size: int) -> np.ndarray:
-    return decode(data, "x", size=size, resize="crop")
+    return decode(data, "x", size=size, resize=Resize())
 
 
 def _pillow(data: bytes, size: int) -> np.ndarray:
@@ -142,7 +143,7 @@ def _simplejpeg(data: bytes, size: int) -> np.ndarray:
     import simplejpeg
 
     pixels = simplejpeg.decode_jpeg(data, min_height=2 * size, min_width=2 * size)
-    return fit(pixels, size, "crop")
+    return fit(pixels, size, Resize())
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from benchmarks.peer import Peer, PeerError
 from benchmarks.table import Row, Table
 from convnet import bundle as bundle_lib
 from convnet import cli, inputs, models, predict_stream
+from convnet.data.resize import Resize
 from convnet.decoders import Decoders, in_order
 from convnet.errors import ConvnetError
 from convnet.input_arrays import Wanted
@@ -210,7 +211,7 @@ def end_to_end(
     for index, image in enumerate(small):
         large = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         large.save(pictures / f"{index:06d}.png")
-    wanted = Wanted((SIDE, SIDE, 3), "uint8", "crop")
+    wanted = Wanted((SIDE, SIDE, 3), "uint8", Resize())
     predict = bundle.predict_fn()
     part = predict_stream.batch_size(wanted.shape, jax.default_backend())
     images = rng.integers(0, 256, (part, SIDE, SIDE, 3), np.uint8)

@@ -231,6 +231,7 @@ def read_all(source: Any) -> float:
 def alone(source: Any, count: int = 500) -> Callable[[], float]:
     """Returns a side: images/s of decoding files that lie in memory, on one core."""
     from convnet.data.decode import decode
+    from convnet.data.resize import Resize
 
     paths, size = files(source)[0][:: max(1, len(source) // count)], folder(source).size
     contents = [Path(path).read_bytes() for path in paths]
@@ -238,7 +239,7 @@ def alone(source: Any, count: int = 500) -> Callable[[], float]:
     def once() -> float:
         start = time.perf_counter()
         for content in contents:
-            decode(content, "", size=size, resize="crop")
+            decode(content, "", size=size, resize=Resize())
         return len(contents) / (time.perf_counter() - start)
 
     return once

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from convnet import config as config_lib
+from convnet import tta
 from convnet.tensorfile import parse_json, shorten
 
 FORMAT = 1
@@ -25,12 +26,18 @@ _FIELDS = {
         "input_shape": list,
         "input_dtype": str,
         "resize": str,
+        "crop_fraction": float | int,
+        "interpolation": str,
         "mean": list,
         "std": list,
     },
     "provenance": dict,
+    "views": str,
     "probe": {"shape": list, "logits": list},
 }
+
+# Younger than the format: files without them stay readable.
+_OPTIONAL = {"crop_fraction", "interpolation", "views"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +99,19 @@ def unpack(metadata: dict[str, str]) -> tuple[dict[str, Any], Probe]:
     table = about.pop("probe")
     _check_preprocessing(about["preprocessing"])
     _check_task(about)
+    if (views := about.get("views", "none")) not in tta.VIEWS:
+        raise ValueError(f"views is {views[:40]!r}: want one of {', '.join(tta.VIEWS)}")
     return about | {"classes": tuple(about["classes"])}, _probe(table)
 
 
 def _check_fields(where: str, table: Any, wanted: dict[str, Any]) -> None:
     if unknown := sorted(set(table) - set(wanted)):
         raise ValueError(f"its metadata has unknown fields {shorten(unknown)}{where}")
-    if missing := sorted(set(wanted) - set(table)):
+    if missing := sorted(set(wanted) - set(table) - _OPTIONAL):
         raise ValueError(f"its metadata lacks {shorten(missing)}{where}")
-    for name, kind in wanted.items():
-        value, nested = table[name], isinstance(kind, dict)
+    for name, value in table.items():
+        kind = wanted[name]
+        nested = isinstance(kind, dict)
         if isinstance(value, bool) or not isinstance(value, dict if nested else kind):
             want = "a table" if nested else getattr(kind, "__name__", kind)
             raise ValueError(f"{name} is {repr(value)[:60]}{where}; want {want}")
@@ -123,11 +133,17 @@ def _check_preprocessing(about: dict[str, Any]) -> None:
     for name, choices in (
         ("input_dtype", ("uint8", "float32")),
         ("resize", config_lib.KEYS["data.resize"].choices),
+        ("interpolation", config_lib.KEYS["data.interpolation"].choices),
     ):
-        if about[name] not in choices:
+        if about.get(name, choices[0]) not in choices:
             raise ValueError(
                 f"{name} is {about[name][:40]!r}: want one of {', '.join(choices)}"
             )
+    key, share = config_lib.KEYS["data.crop_fraction"], about.get("crop_fraction", 1.0)
+    if not key.low <= share <= key.high:  # nor NaN
+        raise ValueError(
+            f"crop_fraction is {share}: want a number from {key.low:g} to {key.high:g}"
+        )
     for name in ("mean", "std"):
         values = about[name]
         if (

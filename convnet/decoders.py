@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from convnet.data.decode import DecodeError, decode
+from convnet.data.resize import Resize
 from convnet.errors import ConvnetError
 from convnet.input_arrays import Wanted
 from convnet.inputs import Record
@@ -135,7 +136,7 @@ def _fill(file: BinaryIO, out: memoryview) -> None:
 def serve() -> None:
     """The process's side: batches of paths in, errors and pixels out, until the end."""
     shape, dtype, resize = json.loads(sys.argv[1])
-    wanted = Wanted(tuple(shape), dtype, resize)
+    wanted = Wanted(tuple(shape), dtype, Resize(*resize))
     while True:
         try:
             paths = json.loads(_receive(sys.stdin.buffer))

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from convnet import files
 from convnet.data import decode as decode_lib
-from convnet.data.resize import fit
+from convnet.data.resize import Resize, fit
 
 LIMIT = 10_000  # pictures in a page
 # In a search, so many are shown even if fewer are found: the slider goes both ways.
@@ -56,7 +56,7 @@ class Gallery:
         self,
         title: str,
         classes: Sequence[str],
-        resize: str,
+        resize: Resize,
         threshold: float,
         searched: str,
     ) -> None:
@@ -153,7 +153,7 @@ class Gallery:
         )
 
 
-def _file_thumbnail(path: str, resize: str) -> bytes:
+def _file_thumbnail(path: str, resize: Resize) -> bytes:
     """A WebP of the picture, b"" if it cannot be read any more."""
     try:
         side = min(_SIDE, *decode_lib.shape(path, path))
@@ -167,7 +167,7 @@ def _array_thumbnail(pixels: np.ndarray) -> bytes:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 3):
         return b""
     side = min(_SIDE, *pixels.shape[:2])
-    return _webp(fit(pixels, side, "crop"))
+    return _webp(fit(pixels, side, Resize()))
 
 
 def _webp(pixels: np.ndarray) -> bytes:

@@ -9,6 +9,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from convnet.data.resize import Resize
+
 _BLOCK = 1 << 20  # bytes
 # Arrays of these names are the inputs, whatever else an archive holds.
 _NAMES = ("images", "inputs", "input")
@@ -22,7 +24,7 @@ class Wanted:
 
     shape: tuple[int, ...]
     dtype: str
-    resize: str
+    resize: Resize
 
     @property
     def pictures(self) -> bool:

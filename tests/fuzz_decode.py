@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from convnet.data.decode import DecodeError, decode
+from convnet.data.resize import Resize
 
 ADDRESS_SPACE = 4 << 30  # bytes that the process may map
 PATIENCE = 60  # wall-clock seconds for one input, on however busy a machine
@@ -125,7 +126,7 @@ def made(files: dict[str, bytes], seed: int, index: int) -> tuple[str, bytes, in
 def check(data: bytes, size: int) -> bool:
     """Decodes; returns whether there were pixels, raises if the contract is broken."""
     try:
-        pixels = decode(data, "x", size=size, resize="crop")
+        pixels = decode(data, "x", size=size, resize=Resize())
     except DecodeError as error:
         assert error.reason and error.reason.isprintable(), error.reason
         assert " at 0x" not in error.reason, error.reason

@@ -18,6 +18,7 @@ from PIL import Image
 from convnet.data import cache, decode, source
 from convnet.data.decode import DecodeError
 from convnet.data.order import TrainOrder
+from convnet.data.resize import Resize
 from convnet.errors import UsageError
 
 RNG = np.random.default_rng(0)
@@ -55,12 +56,17 @@ def decoded(monkeypatch):
     return ids
 
 
-def load(root, store, size=8, resize="crop"):
+CROP = Resize()
+
+
+def load(root, store, size=8, how=CROP):
     data = SimpleNamespace(
         name="folder",
         dir=str(root),
         image_size=size,
-        resize=resize,
+        resize=how.rule,
+        crop_fraction=how.crop_fraction,
+        interpolation=how.interpolation,
         test_fraction=0.2,
         train_limit=0,
         test_limit=0,
@@ -121,7 +127,7 @@ def test_what_is_kept_is_what_was_decoded(tmp_path, decoded, kind, size):
     path = picture(tmp_path / f"a.{kind}")
     store = cache.create(str(tmp_path / "store"))
     for channels in (3, 1):
-        options = {"size": size, "resize": "pad", "channels": channels}
+        options = {"size": size, "resize": Resize("pad"), "channels": channels}
         want = decode.decode(path.read_bytes(), "a", **options)
         del decoded[:]
         for data in (path, str(path), path.read_bytes()):
@@ -134,10 +140,12 @@ def test_what_is_kept_is_what_was_decoded(tmp_path, decoded, kind, size):
 
 def test_another_size_or_rule_is_another_entry(folder, tmp_path):
     store = tmp_path / "store"
-    settings = [(8, "crop"), (9, "crop"), (8, "squash"), (8, "pad")]
-    for size, resize in settings * 2:
-        want = read(load(folder, "none", size, resize))
-        np.testing.assert_array_equal(read(load(folder, store, size, resize)), want)
+    rules = ("crop", "squash", "pad")
+    settings = [(9, Resize()), *((8, Resize(rule)) for rule in rules)]
+    settings += [(8, Resize("crop", 0.5)), (8, Resize("crop", 1.0, "bicubic"))]
+    for size, how in settings * 2:
+        want = read(load(folder, "none", size, how))
+        np.testing.assert_array_equal(read(load(folder, store, size, how)), want)
     assert len(entries(store)) == len(settings) * COUNT
 
 
@@ -199,7 +207,7 @@ def test_the_decoder_is_all_that_decode_imports_of_ours():
 
 def test_another_decoder_is_another_entry(tmp_path, decoded, monkeypatch):
     path = picture(tmp_path / "a.jpg")
-    options = {"size": 8, "resize": "crop"}
+    options = {"size": 8, "resize": Resize()}
     cache.create(str(tmp_path / "store")).decode(path, "a", **options)
     monkeypatch.setattr(cache.PIL, "__version__", "99.0")
     newer = cache.create(str(tmp_path / "store"))
@@ -228,7 +236,7 @@ def turned(content):
 def test_a_damaged_entry_is_written_again(tmp_path, decoded, damage):
     path = picture(tmp_path / "a.jpg")
     store = cache.create(str(tmp_path / "store"))
-    options = {"size": 0, "resize": "crop"}
+    options = {"size": 0, "resize": Resize()}
     want = store.decode(path, "a", **options)
     (entry,) = entries(tmp_path / "store")
     whole = entry.read_bytes()
@@ -246,21 +254,23 @@ def test_unreadable_images_are_not_kept(tmp_path, decoded):
     path.write_bytes(b"no picture")
     for data in (path, path, tmp_path / "lost.jpg", tmp_path, b""):
         with pytest.raises(DecodeError) as error:
-            store.decode(data, "a", size=8, resize="crop")
+            store.decode(data, "a", size=8, resize=Resize())
         with pytest.raises(DecodeError) as plain:
-            decode.decode(data, "a", size=8, resize="crop")
+            decode.decode(data, "a", size=8, resize=Resize())
         assert str(error.value) == str(plain.value)
     assert entries(tmp_path / "store") == []
     picture(path)
-    assert store.decode(path, "a", size=8, resize="crop").shape == (8, 8, 3)
+    assert store.decode(path, "a", size=8, resize=Resize()).shape == (8, 8, 3)
 
 
 def test_a_huge_file_is_decoded_but_not_kept(tmp_path, monkeypatch):
     path = picture(tmp_path / "a.jpg")
     monkeypatch.setattr(cache, "_MAX_FILE_BYTES", path.stat().st_size - 1)
     store = cache.create(str(tmp_path / "store"))
-    got = store.decode(path, "a", size=8, resize="crop")
-    np.testing.assert_array_equal(got, decode.decode(path, "a", size=8, resize="crop"))
+    got = store.decode(path, "a", size=8, resize=Resize())
+    np.testing.assert_array_equal(
+        got, decode.decode(path, "a", size=8, resize=Resize())
+    )
     assert entries(tmp_path / "store") == []
 
 
@@ -317,7 +327,7 @@ def test_threads_that_write_the_same_entry(tmp_path, decoded, monkeypatch):
 
     def one():
         try:
-            store.decode(path, "a", size=8, resize="crop")
+            store.decode(path, "a", size=8, resize=Resize())
         except Exception as error:
             errors.append(error)
 

@@ -160,6 +160,8 @@ def test_source_load_downloads_prepares_and_reads(serve, tmp_path, monkeypatch):
         dir=str(tmp_path),
         image_size=0,
         resize="crop",
+        crop_fraction=1.0,
+        interpolation="bilinear",
         test_fraction=0.2,
         train_limit=0,
         test_limit=0,

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from convnet.data.decode import MAX_PIXELS, DecodeError, decode, fit, shape
+from convnet.data.resize import Resize
 from convnet.errors import ConvnetError
 
 # Pillow warns of broken metadata and large claims; what counts is what decode does.
@@ -27,7 +28,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
 
 
 def plain(data: bytes, channels: int = 3) -> np.ndarray:
-    return decode(data, "x", size=0, resize="crop", channels=channels)
+    return decode(data, "x", size=0, resize=Resize(), channels=channels)
 
 
 def smooth(height: int, width: int) -> np.ndarray:
@@ -142,7 +143,7 @@ def test_multi_picture_jpeg():
     frames = [Image.new("RGB", (80, 64), c) for c in ("red", "blue")]
     data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
     assert plain(data).shape == (64, 80, 3)
-    small = decode(data, "x", size=8, resize="squash")
+    small = decode(data, "x", size=8, resize=Resize("squash"))
     assert np.abs(small.astype(int) - [255, 0, 0]).max() <= 3
 
 
@@ -199,7 +200,7 @@ def antialiased(pixels: np.ndarray, size: int, resize: str) -> np.ndarray:
 def test_resize(format, resize, shape_):
     picture = smooth(*shape_)
     pixels = decode(
-        encoded(Image.fromarray(picture), format), "x", size=16, resize=resize
+        encoded(Image.fromarray(picture), format), "x", size=16, resize=Resize(resize)
     )
     assert pixels.shape == (16, 16, 3)
     want = antialiased(picture, 16, resize)
@@ -212,7 +213,7 @@ def test_pad():
     picture = np.full((20, 40, 3), 200, np.uint8)
     for turned, axis in ((picture, 0), (picture.swapaxes(0, 1), 1)):
         data = encoded(Image.fromarray(turned))
-        pixels = decode(data, "x", size=16, resize="pad").swapaxes(0, axis)
+        pixels = decode(data, "x", size=16, resize=Resize("pad")).swapaxes(0, axis)
         np.testing.assert_array_equal(pixels[4:12], 200)
         assert not pixels[:4].any() and not pixels[12:].any()
 
@@ -220,26 +221,73 @@ def test_pad():
 def test_antialiasing_averages_fine_detail():
     board = np.indices((256, 256)).sum(0) % 2 * 255
     data = encoded(Image.fromarray(board.astype(np.uint8)))
-    pixels = decode(data, "x", size=16, resize="squash")
+    pixels = decode(data, "x", size=16, resize=Resize("squash"))
     assert np.abs(pixels.astype(int) - 127).max() <= 2
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
 def test_very_long_images_stay_small(resize):
     data = encoded(Image.new("RGB", (1, 60_000), "red"), "JPEG")
-    assert decode(data, "x", size=64, resize=resize).shape == (64, 64, 3)
+    assert decode(data, "x", size=64, resize=Resize(resize)).shape == (64, 64, 3)
+
+
+def by_torchvision(image, whole, size, filter):
+    """Resize(whole), CenterCrop(size), as torchvision's transforms do them."""
+    short = min(image.size)
+    scaled = image.resize([int(whole * side / short) for side in image.size], filter)
+    left, top = (int(round((side - size) / 2)) for side in scaled.size)
+    return np.asarray(scaled.crop((left, top, left + size, top + size)), int)
+
+
+@pytest.mark.parametrize("shape_", [(300, 400), (401, 333), (37, 64), (256, 256)])
+@pytest.mark.parametrize(
+    "interpolation, filter",
+    [("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)],
+)
+@pytest.mark.parametrize("whole", [256, 232])
+def test_central_crops_are_those_of_torchvision(shape_, interpolation, filter, whole):
+    picture = RNG.integers(0, 256, (*shape_, 3), np.uint8)  # every edge shows
+    want = by_torchvision(Image.fromarray(picture), whole, 224, filter)
+    resize = Resize("crop", 224 / whole, interpolation)
+    got = decode(encoded(Image.fromarray(picture)), "x", size=224, resize=resize)
+    # Only rounding differs, once for each axis.
+    assert np.abs(got - want).max() <= 2 and np.abs(got - want).mean() < 0.05
+    np.testing.assert_array_equal(fit(picture, 224, resize), got)
+
+
+def test_a_reduced_jpeg_is_cropped_as_the_whole_one():
+    picture = Image.fromarray(smooth(1280, 960))
+    resize = Resize("crop", 0.875, "bicubic")
+    got = decode(encoded(picture, "JPEG"), "x", size=56, resize=resize)
+    want = by_torchvision(picture, 64, 56, Image.Resampling.BICUBIC)
+    assert np.abs(got - want).max() <= 3 and np.abs(got - want).mean() < 1
+
+
+@pytest.mark.parametrize("rule", ["squash", "pad"])
+def test_central_crops_of_the_other_rules(rule):
+    data = encoded(Image.fromarray(smooth(60, 100)))
+    whole = decode(data, "x", size=64, resize=Resize(rule)).astype(int)
+    part = decode(data, "x", size=56, resize=Resize(rule, 0.875))
+    assert np.abs(part - whole[4:60, 4:60]).max() <= 1
+
+
+def test_interpolation_is_read_without_a_crop_too():
+    picture = Image.fromarray(smooth(64, 64))
+    for name, filter in (("bilinear", 2), ("bicubic", 3)):  # Pillow's numbers
+        got = decode(encoded(picture), "x", size=24, resize=Resize("crop", 1.0, name))
+        np.testing.assert_array_equal(got, np.asarray(picture.resize((24, 24), filter)))
 
 
 def test_fit_equals_decode():
     data = encoded(Image.fromarray(smooth(30, 50)))
-    want = decode(data, "x", size=16, resize="crop")
-    np.testing.assert_array_equal(fit(smooth(30, 50), 16, "crop"), want)
-    assert fit(GRAY[..., None], 4, "pad").shape == (4, 4, 1)
+    want = decode(data, "x", size=16, resize=Resize())
+    np.testing.assert_array_equal(fit(smooth(30, 50), 16, Resize()), want)
+    assert fit(GRAY[..., None], 4, Resize("pad")).shape == (4, 4, 1)
 
 
 def test_unknown_resize_rule_is_named():
     with pytest.raises(ConvnetError, match="data.resize='stretch'.*squash"):
-        decode(encoded(Image.fromarray(RGB)), "x", size=4, resize="stretch")
+        decode(encoded(Image.fromarray(RGB)), "x", size=4, resize=Resize("stretch"))
 
 
 def png(width: int, height: int) -> bytes:
@@ -278,12 +326,12 @@ HOSTILE = {
 def test_hostile_bytes(name, size, tmp_path):
     data, reason = HOSTILE[name]
     with pytest.raises(DecodeError) as caught:
-        decode(data, name, size=size, resize="crop")
+        decode(data, name, size=size, resize=Resize())
     assert caught.value.id == name and reason in caught.value.reason
     assert " at 0x" not in str(caught.value)  # no memory address: the same in every run
     (tmp_path / "x").write_bytes(data)
     with pytest.raises(DecodeError) as from_path:
-        decode(tmp_path / "x", name, size=size, resize="crop")
+        decode(tmp_path / "x", name, size=size, resize=Resize())
     assert str(from_path.value) == str(caught.value)
 
 
@@ -306,9 +354,9 @@ def test_every_truncation_and_many_flips_end_as_decode_error():
 
 def test_no_file_and_a_folder(tmp_path):
     with pytest.raises(DecodeError, match="lost: No such file"):
-        decode(tmp_path / "lost", "lost", size=0, resize="crop")
+        decode(tmp_path / "lost", "lost", size=0, resize=Resize())
     with pytest.raises(DecodeError, match="dir: Is a directory"):
-        decode(tmp_path, "dir", size=0, resize="crop")
+        decode(tmp_path, "dir", size=0, resize=Resize())
 
 
 def test_limit_is_where_pillow_starts_to_warn():

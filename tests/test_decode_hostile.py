@@ -14,6 +14,7 @@ from PIL import Image
 from convnet.data import decode as decode_lib
 from convnet.data import headers
 from convnet.data.decode import MAX_BYTES, DecodeError, decode, shape
+from convnet.data.resize import Resize
 
 pytestmark = pytest.mark.filterwarnings("ignore:::PIL")
 
@@ -28,13 +29,13 @@ def encoded(image: Image.Image, format: str, **options) -> bytes:
 
 
 def plain(data: bytes, size: int = 0) -> np.ndarray:
-    return decode(data, "x", size=size, resize="crop")
+    return decode(data, "x", size=size, resize=Resize())
 
 
 def refused(data, size: int = 0) -> str:
     began = time.process_time()
     with pytest.raises(DecodeError) as caught:
-        decode(data, "x", size=size, resize="crop")
+        decode(data, "x", size=size, resize=Resize())
     assert time.process_time() - began < 2
     assert caught.value.reason.isprintable()
     return caught.value.reason
@@ -272,11 +273,11 @@ def test_both_decoders_of_jpegs_give_the_same_pixels(monkeypatch):
         for size in (0, 1, 8, 32)
         for resize in ("crop", "squash", "pad")
     ]
-    first = [decode(d, "x", size=size, resize=rule) for d, size, rule in calls]
+    first = [decode(d, "x", size=size, resize=Resize(rule)) for d, size, rule in calls]
     assert all(taken)
     monkeypatch.setattr(decode_lib, "simplejpeg", None)
     for (data, size, rule), pixels in zip(calls, first, strict=True):
-        again = decode(data, "x", size=size, resize=rule)
+        again = decode(data, "x", size=size, resize=Resize(rule))
         np.testing.assert_array_equal(again, pixels)
         assert again.flags.writeable and again.flags.c_contiguous
         if not size:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from convnet.data import folder
 from convnet.data.decode import DecodeError
+from convnet.data.resize import Resize
 from convnet.data.source import read
 from convnet.errors import ConvnetError, UsageError
 
@@ -26,7 +27,7 @@ def picture(path, size=(6, 5)):
 
 
 def load(root, size=0, test_fraction=0.2):
-    return folder.load(str(root), size, "crop", test_fraction)
+    return folder.load(str(root), size, Resize(), test_fraction)
 
 
 def ids(source):
@@ -289,7 +290,7 @@ def test_names_that_are_no_text(tmp_path):
 
 
 def test_shared_folders(shared_data):
-    dataset = folder.load(str(shared_data / "cat_vs_noncat"), 0, "crop", 0.2)
+    dataset = folder.load(str(shared_data / "cat_vs_noncat"), 0, Resize(), 0.2)
     assert (len(dataset.train), len(dataset.test)) == (209, 50)
     assert dataset.classes == ("cat", "non-cat")
     assert dataset.train[208]["input"].shape == (64, 64, 3)
@@ -298,8 +299,8 @@ def test_shared_folders(shared_data):
         len(list((shared_data / "cat_vs_noncat/train" / c).iterdir()))
         for c in dataset.classes
     ]
-    dataset = folder.load(str(shared_data / "cats_and_dogs"), 64, "crop", 0.2)
+    dataset = folder.load(str(shared_data / "cats_and_dogs"), 64, Resize(), 0.2)
     assert (len(dataset.train), len(dataset.test)) == (2000, 1000)
     assert dataset.test[999]["input"].shape == (64, 64, 3)
     with pytest.raises(ConvnetError, match="images differ in size.*data.image_size"):
-        folder.load(str(shared_data / "cats_and_dogs"), 0, "crop", 0.2)
+        folder.load(str(shared_data / "cats_and_dogs"), 0, Resize(), 0.2)

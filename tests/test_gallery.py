@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from convnet import gallery as gallery_lib
+from convnet.data.resize import Resize
 from convnet.gallery import Gallery
 
 CLASSES = ("cat", "</script><script>alert(1)</script>")
@@ -55,7 +56,7 @@ def pictures(tmp_path):
 
 
 def make(classes=CLASSES, threshold=0.0, searched=""):
-    return Gallery("Predictions of <M>", classes, "crop", threshold, searched)
+    return Gallery("Predictions of <M>", classes, Resize(), threshold, searched)
 
 
 def test_the_page_holds_everything_and_runs_nothing_else(pictures, tmp_path):

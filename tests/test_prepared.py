@@ -17,6 +17,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from convnet.data import cifar, prepared
 from convnet.data.decode import DecodeError
+from convnet.data.resize import Resize
 from convnet.data.source import read
 from convnet.errors import ConvnetError, UsageError
 
@@ -107,7 +108,7 @@ def labelled(images):
 
 
 def load(root, name="toy", size=0):
-    return prepared.load(name, str(root), size, "squash")
+    return prepared.load(name, str(root), size, Resize("squash"))
 
 
 def in_file_order(items, shards=2):
@@ -298,8 +299,8 @@ def test_tensorflow_stays_out(tmp_path):
     (tmp_path / "tensorflow/__init__.py").write_text("raise SystemExit('imported')")
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from convnet.data import prepared\n"
-        "dataset = prepared.load('toy', sys.argv[1], 0, 'crop')\n"
+        "from convnet.data import prepared, resize\n"
+        "dataset = prepared.load('toy', sys.argv[1], 0, resize.Resize())\n"
         "print(dataset.train[0]['input'].shape, 'tensorflow' in sys.modules)\n"
     )
     done = subprocess.run(

@@ -20,6 +20,8 @@ def settings(**changes):
         "dir": "",
         "image_size": 0,
         "resize": "crop",
+        "crop_fraction": 1.0,
+        "interpolation": "bilinear",
         "test_fraction": 0.2,
         "train_limit": 0,
         "test_limit": 0,

@@ -22,6 +22,7 @@ from PIL import features
 from tqdm import tqdm
 
 from convnet.data import decode as decode_lib
+from convnet.data.resize import Resize
 from convnet.errors import UsageError
 
 _DECODER_FILES = ("decode.py", "headers.py", "resize.py")
@@ -50,7 +51,7 @@ class Cache:
         id: str,
         *,
         size: int,
-        resize: str,
+        resize: Resize,
         channels: int = 3,
     ) -> np.ndarray:
         """As `decode.decode`, from the cache where it holds the image.

@@ -27,7 +27,7 @@ from PIL import (
 
 from convnet.data import headers
 from convnet.data.headers import MAX_PIXELS
-from convnet.data.resize import fit, resized
+from convnet.data.resize import Resize, fit, resized
 from convnet.errors import ConvnetError
 
 try:
@@ -71,7 +71,7 @@ class DecodeError(ConvnetError):
 
 
 def decode(
-    data: bytes | str | Path, id: str, *, size: int, resize: str, channels: int = 3
+    data: bytes | str | Path, id: str, *, size: int, resize: Resize, channels: int = 3
 ) -> np.ndarray:
     """Decodes one image.
 
@@ -83,9 +83,7 @@ def decode(
         data: the file's bytes, or its path.
         id: names the image in errors.
         size: side of the square result in pixels; 0 keeps the image as stored.
-        resize: "crop" scales the short side to `size` and cuts out the centre,
-            "squash" scales both sides, "pad" scales the long side and fills up with
-            black. All scale with antialiasing (bilinear).
+        resize: how, where size is not 0.
         channels: 3 (RGB) or 1 (luma of ITU-R BT.601).
 
     Returns:
@@ -170,7 +168,7 @@ def _read(data: bytes | str | Path, id: str) -> bytes:
     return data
 
 
-def _quick_jpeg(data: bytes, size: int, resize: str) -> np.ndarray | None:
+def _quick_jpeg(data: bytes, size: int, resize: Resize) -> np.ndarray | None:
     """A faultless JPEG's pixels, RGB and upright; None leaves the file to Pillow."""
     if simplejpeg is None or headers.kind(data) != "JPEG":
         return None
@@ -226,15 +224,16 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _reduction(width: int, height: int, size: int, resize: str) -> int:
-    """By how much to reduce a JPEG while it is decoded, so that twice `size` remains.
+def _reduction(width: int, height: int, size: int, resize: Resize) -> int:
+    """By how much to reduce a JPEG while it is decoded.
 
-    The antialiased resize that follows then still averages at least 2x2 pixels. From
-    8 pixels on, both decoders take the same scale.
+    Twice the wanted size remains, so that the antialiased resize that follows still
+    averages at least 2x2 pixels. From 8 pixels on, both decoders take the same scale.
     """
-    side = max(width, height) if resize == "pad" else min(width, height)
+    side = max(width, height) if resize.rule == "pad" else min(width, height)
+    whole = resize.whole(size)
     for scale in (8, 4, 2):
-        if side >= 2 * size * scale and min(width, height) >= 8:
+        if side >= 2 * whole * scale and min(width, height) >= 8:
             return scale
     return 1
 

@@ -12,6 +12,7 @@ import numpy as np
 from convnet.data import decode as decode_lib
 from convnet.data.cache import Cache
 from convnet.data.decode import DecodeError, FirstShape
+from convnet.data.resize import Resize
 from convnet.data.source import Dataset
 from convnet.errors import ConvnetError, UsageError
 
@@ -43,7 +44,7 @@ class FolderSource:
         files: Sequence[str],
         labels: np.ndarray,
         size: int,
-        resize: str,
+        resize: Resize,
         first: FirstShape | None,
         cache: Cache | None,
     ):
@@ -70,7 +71,7 @@ class FolderSource:
 def load(
     directory: str,
     size: int,
-    resize: str,
+    resize: Resize,
     test_fraction: float,
     cache: Cache | None = None,
 ) -> Dataset:

@@ -256,9 +256,12 @@ def create(source: Source, data: ml_collections.ConfigDict, mesh: Mesh) -> Split
 
 
 def _fits(source: Source, mesh: Mesh) -> bool:
-    """Whether the split takes no more than a quarter of a device's memory."""
-    limit = _CPU_RESIDENT_BYTES
+    return len(source) * first(source)["input"].nbytes <= resident_bytes(mesh)
+
+
+def resident_bytes(mesh: Mesh) -> int:
+    """Returns how much of a split may lie on a device: a quarter of its memory."""
     device = mesh.devices.flat[0]
-    if device.platform != "cpu":
-        limit = (device.memory_stats() or {}).get("bytes_limit", 8 << 30) // 4
-    return len(source) * first(source)["input"].nbytes <= limit
+    if device.platform == "cpu":
+        return _CPU_RESIDENT_BYTES
+    return (device.memory_stats() or {}).get("bytes_limit", 8 << 30) // 4

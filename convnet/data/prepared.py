@@ -10,6 +10,7 @@ import numpy as np
 
 from convnet.data import decode, tfds_folder
 from convnet.data.cache import Cache
+from convnet.data.resize import Resize
 from convnet.data.source import Dataset
 from convnet.errors import ConvnetError
 
@@ -40,7 +41,7 @@ class PreparedSource:
         classes: int,
         channels: int,
         size: int,
-        resize: str,
+        resize: Resize,
         cache: Cache | None,
     ):
         self.directory = directory
@@ -147,7 +148,7 @@ class PreparedSource:
 
 
 def load(
-    name: str, directory: str, size: int, resize: str, cache: Cache | None = None
+    name: str, directory: str, size: int, resize: Resize, cache: Cache | None = None
 ) -> Dataset:
     """Opens a dataset of images and class labels that TFDS has prepared.
 

@@ -1,19 +1,62 @@
 """The rules by which images of any size become squares."""
 
+import math
+from typing import Any, NamedTuple
+
 import numpy as np
 from PIL import Image
 
 from convnet.errors import ConvnetError
 
 RESIZE_RULES = ("crop", "squash", "pad")
+_FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
 
 
-def fit(pixels: np.ndarray, size: int, resize: str) -> np.ndarray:
-    """Resizes pixels by the rules of `decode`.
+class Resize(NamedTuple):
+    """How an image becomes a square.
+
+    Attributes:
+        rule: "crop" scales the short side to the square's and cuts out the centre,
+            "squash" scales both sides, "pad" scales the long side and fills up with
+            black.
+        crop_fraction: share of the square's side, above 0 and up to 1, that is kept:
+            the square is made that much larger, and its centre is cut out. 224 of 256
+            pixels are 0.875, the usual view of ImageNet's networks.
+        interpolation: "bilinear" or "bicubic", both with antialiasing.
+    """
+
+    rule: str = "crop"
+    crop_fraction: float = 1.0
+    interpolation: str = "bilinear"
+
+    @classmethod
+    def of(cls, preprocessing: dict[str, Any]) -> "Resize":
+        """What a model file says; of an old file, which says less, as it was then."""
+        names = {"rule": "resize"} | {name: name for name in cls._fields[1:]}
+        return cls(
+            **{
+                field: preprocessing[name]
+                for field, name in names.items()
+                if name in preprocessing
+            }
+        )
+
+    def whole(self, size: int) -> int:
+        """The side in pixels of the square of which the centre, `size`, is kept."""
+        # As PyTorch's users round; 224 / 0.875 must not become 255.
+        return math.floor(size / self.crop_fraction + 1e-6)
+
+
+def fit(pixels: np.ndarray, size: int, resize: Resize) -> np.ndarray:
+    """Resizes pixels by the rules of `Resize`.
 
     Args:
         pixels: uint8 (h, w, 1 or 3).
-        size, resize: as in `decode`.
+        size: side of the result in pixels.
+        resize: how.
 
     Returns:
         uint8 (size, size, 1 or 3), a fresh array.
@@ -22,25 +65,28 @@ def fit(pixels: np.ndarray, size: int, resize: str) -> np.ndarray:
         ConvnetError: there is no such rule.
     """
     height, width, channels = pixels.shape
-    left, top, right, bottom = _region(width, height, resize)
-    pixels = pixels[top:bottom, left:right]
-    if pixels.shape[:2] == (size, size):
-        return pixels.copy()
+    if resize.whole(size) == size:
+        left, top, right, bottom = _region(width, height, resize)
+        pixels = pixels[top:bottom, left:right]
+        if pixels.shape[:2] == (size, size):
+            return pixels.copy()
     image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
     return np.array(resized(image, size, resize)).reshape(size, size, channels)
 
 
-def resized(image: Image.Image, size: int, resize: str) -> Image.Image:
+def resized(image: Image.Image, size: int, resize: Resize) -> Image.Image:
     """Does what `fit` does to an image of mode "RGB" or "L"; may return it as it is."""
-    region = _region(*image.size, resize)
+    region, whole = _region(*image.size, resize), resize.whole(size)
+    if whole > size:
+        return _centre(image, size, whole, resize)
     if region != (0, 0, *image.size):
         image = image.crop(region)
     target = size, size
-    if resize == "pad":
+    if resize.rule == "pad":
         scale = size / max(image.size)
         target = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     if image.size != target:
-        image = image.resize(target, Image.Resampling.BILINEAR)
+        image = image.resize(target, _FILTERS[resize.interpolation])
     if target == (size, size):
         return image
     result = Image.new(image.mode, (size, size))
@@ -48,16 +94,40 @@ def resized(image: Image.Image, size: int, resize: str) -> Image.Image:
     return result
 
 
-def _region(width: int, height: int, resize: str) -> tuple[int, int, int, int]:
+def _centre(image: Image.Image, size: int, whole: int, resize: Resize) -> Image.Image:
+    """The middle `size` pixels of the image scaled to a square of `whole` pixels.
+
+    Only they are computed, from all pixels that the filter weighs for them: the same
+    numbers as those of scaling the whole image and cutting out the centre.
+    """
+    if resize.rule == "pad":
+        image = resized(image, whole, resize._replace(crop_fraction=1.0))
+        left = top = round((whole - size) / 2)
+        return image.crop((left, top, left + size, top + size))
+    scaled = whole, whole
+    if resize.rule == "crop":
+        short = min(image.size)
+        scaled = tuple(whole * side // short for side in image.size)
+    box = []
+    for side, pixels in zip(image.size, scaled, strict=True):
+        start = round((pixels - size) / 2)
+        box.append((start * side / pixels, (start + size) * side / pixels))
+    (left, right), (top, bottom) = box
+    return image.resize(
+        (size, size), _FILTERS[resize.interpolation], (left, top, right, bottom)
+    )
+
+
+def _region(width: int, height: int, resize: Resize) -> tuple[int, int, int, int]:
     """Left, top, right and bottom of what is scaled, in whole pixels.
 
     Cropping first keeps a 1 x 10,000 image from growing to size x 10,000 size.
     """
-    if resize not in RESIZE_RULES:
+    if resize.rule not in RESIZE_RULES:
         raise ConvnetError(
-            f"data.resize={resize!r}: wanted one of {', '.join(RESIZE_RULES)}"
+            f"data.resize={resize.rule!r}: wanted one of {', '.join(RESIZE_RULES)}"
         )
-    if resize != "crop":
+    if resize.rule != "crop":
         return 0, 0, width, height
     short = min(width, height)
     left, top = (width - short) // 2, (height - short) // 2

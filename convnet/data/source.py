@@ -118,8 +118,8 @@ def load(data: Any, seed: int) -> Dataset:
     """Opens the dataset that the config's `data` section describes.
 
     Args:
-        data: attributes name, dir, image_size, resize, test_fraction, train_limit,
-            test_limit and cache, as in the config.
+        data: attributes name, dir, image_size, resize, crop_fraction, interpolation,
+            test_fraction, train_limit, test_limit and cache, as in the config.
         seed: of the run; only the generated datasets depend on it.
 
     Raises:
@@ -137,7 +137,7 @@ def load(data: Any, seed: int) -> Dataset:
         dataset = folder.load(
             data.dir,
             data.image_size,
-            data.resize,
+            _resize(data),
             data.test_fraction,
             cache.create(data.cache),
         )
@@ -152,7 +152,7 @@ def load(data: Any, seed: int) -> Dataset:
             data.name,
             data.dir,
             data.image_size,
-            data.resize,
+            _resize(data),
             cache.create(data.cache),
         )
     return Dataset(
@@ -185,14 +185,21 @@ def digits() -> Dataset:
     )
 
 
+def _resize(data: Any) -> Any:
+    """The config's rule, `convnet.data.resize.Resize`."""
+    from convnet.data.resize import Resize
+
+    return Resize(data.resize, data.crop_fraction, data.interpolation)
+
+
 def _sized(dataset: Dataset, data: Any) -> Dataset:
     """Applies data.image_size to a dataset that lies in memory."""
-    size = data.image_size
-    shape, dtype = dataset.train.inputs.shape[1:], dataset.train.inputs.dtype
-    if not size or shape[:-1] == (size, size):
-        return dataset
-    from convnet.data.decode import fit
+    from convnet.data.resize import fit
 
+    size, resize = data.image_size, _resize(data)
+    shape, dtype = dataset.train.inputs.shape[1:], dataset.train.inputs.dtype
+    if not size or (shape[:-1] == (size, size) and resize.whole(size) == size):
+        return dataset
     if len(shape) != 3 or shape[-1] not in (1, 3) or dtype != np.uint8:
         raise ConvnetError(
             f"data.image_size={size} resizes uint8 images (h, w, 1 or 3) only, and "
@@ -200,7 +207,7 @@ def _sized(dataset: Dataset, data: Any) -> Dataset:
         )
     train, test = (
         ArraySource(
-            np.stack([fit(image, size, data.resize) for image in source.inputs]),
+            np.stack([fit(image, size, resize) for image in source.inputs]),
             source.labels,
             source.split,
         )

@@ -5,6 +5,7 @@ import numpy as np
 from convnet import predict
 from convnet.bundle import Bundle
 from convnet.data import decode
+from convnet.data.resize import Resize
 from convnet.errors import ConvnetError
 from convnet.inputs import Record
 from convnet.predict_output import Row
@@ -36,7 +37,7 @@ class Classifier:
                 " [n, n, 1 or 3]"
             )
         self.shape = shape
-        self._resize = about["resize"]
+        self._resize = Resize.of(about)
         self.classes = predict.class_names(bundle.classes, bundle.task["positive"])
         self._network = bundle.predict_fn()
 
