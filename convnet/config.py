@@ -39,6 +39,12 @@ KEYS: dict[str, Key] = {
     "seed": Key(
         0, "of the order, the augmentation, the dropout and the weights", high=2**32 - 1
     ),
+    "init_from": Key(
+        "",
+        "the model whose weights a run starts from: a model file, a workdir, the name"
+        " of a model that ships, or hf://NAME; it brings its architecture and"
+        " preprocessing",
+    ),
     "data.name": Key(
         "digits",
         "digits, folder, arrays, cylinder_bell_funnel, advection_diffusion, or the name"
@@ -53,6 +59,18 @@ KEYS: dict[str, Key] = {
         "crop",
         "crop: short side to size, centre crop; squash: both sides; pad: long side",
         choices=("crop", "squash", "pad"),
+    ),
+    "data.crop_fraction": Key(
+        1.0,
+        "resize to image_size divided by this, then cut out the centre; ImageNet's"
+        " networks are used to 0.875",
+        low=0.1,
+        high=1,
+    ),
+    "data.interpolation": Key(
+        "bilinear",
+        "how images are resized, with antialiasing",
+        choices=("bilinear", "bicubic"),
     ),
     "data.mean": Key(
         (),
@@ -137,6 +155,13 @@ KEYS: dict[str, Key] = {
     "model.bn_momentum": Key(
         float, "share of the old value in BatchNorm's running statistics", high=0.9999
     ),
+    "model.variant": Key(
+        str,
+        "where published implementations differ (padding, epsilon, place of a stride):"
+        " whose",
+        choices=("torchvision", "keras"),
+    ),
+    "model.aux": Key(bool, "Inception: keep the auxiliary head, as a tap"),
     "task.name": Key(
         "classification",
         "one of k classes; binary: one probability; regression: numbers or maps",
@@ -147,6 +172,28 @@ KEYS: dict[str, Key] = {
         (), "weight of each class in the loss; binary with k > 2: (others, positive)"
     ),
     "task.positive": Key("", "binary: the class whose probability is learnt"),
+    "transfer.new": Key(
+        "",
+        "with init_from: what starts anew, as paths with *, such as"
+        " base/group3,base/*/norm*; in the head, all that does not fit always does",
+    ),
+    "transfer.freeze": Key(
+        "", "with init_from: what does not train, as paths with *, such as base"
+    ),
+    "transfer.thaw_epoch": Key(
+        0.0, "the epoch from which on what is frozen trains too; 0: never"
+    ),
+    "transfer.lr_scales": Key(
+        "",
+        "factors of the learning rate, such as base=0.1,base/group3=0.5; the last that"
+        " names a layer counts",
+    ),
+    "transfer.cache_features": Key(
+        "auto",
+        "compute the features of a frozen base once; auto: where it is possible (no"
+        " augmentation but alternating flips) and they fit",
+        choices=("auto", "on", "off"),
+    ),
     "optimizer.name": Key(
         "sgd", "the optimizer", choices=("sgd", "adamw", "lamb", "muon")
     ),
@@ -197,9 +244,10 @@ KEYS: dict[str, Key] = {
         1.0, "epochs between two evaluations; 0: only at the end", result=False
     ),
     "evaluate.tta": Key(
-        "none",
-        "average over views: the mirror image; that and moves by a pixel (six views)",
-        choices=("none", "flip", "flip_translate"),
+        "auto",
+        "average over views: the mirror image; that and moves by a pixel (six views);"
+        " auto: as the model file says, of a new network none",
+        choices=("auto", "none", "flip", "flip_translate"),
     ),
     "evaluate.tta_below": Key(
         1.0, "only where the most probable class has no more than this", high=1

@@ -1,6 +1,7 @@
 """The training loop: step, log, evaluate, save, from one step to the last."""
 
 import collections
+import contextlib
 import math
 import time
 from collections.abc import Iterator
@@ -45,7 +46,7 @@ class Loop:
         self._unlogged: list[dict[str, np.ndarray]] = []
         self._waited = 0.0
         self._logged_seconds = it.train_seconds
-        self._compiled: dict[int, Any] = {}
+        self._compiled: dict[tuple[int, bool], Any] = {}
 
     def run(self) -> None:
         """Runs to the last step.
@@ -74,6 +75,17 @@ class Loop:
                 dispatches.close()
                 self._progress.close()
 
+    def replay(self, stop: int) -> None:
+        """Trains to step `stop`, without a log, an evaluation or a checkpoint."""
+        it, self._clock = self._it, 0.0
+        with contextlib.closing(self._dispatches()) as dispatches:
+            while self._done < stop:
+                steps, batch = next(dispatches)
+                train = self._train(steps, batch)
+                it.state, metrics = train(it.state, it.split("train").data, batch)
+                jax.block_until_ready(metrics)
+                self._done += steps
+
     def _dispatches(self) -> Iterator[tuple[int, Any]]:
         """Yields how many steps go together, and their batch; stacked if several.
 
@@ -89,7 +101,11 @@ class Loop:
         start = self._start
         while start < it.total_steps:
             stop = start + 1
-            while stop % together and not any(self._due(stop, stop - 1)):
+            while (
+                stop % together
+                and stop != it.plan.thaw_step
+                and not any(self._due(stop, stop - 1))
+            ):
                 stop += 1
             if stop - start > 1:
                 yield stop - start, split.stack(it.train_order, start, stop)
@@ -118,19 +134,22 @@ class Loop:
 
     def _train(self, steps: int, batch: Any) -> Any:
         """The compiled program of so many steps, off the clock of training."""
-        if steps not in self._compiled:
-            it = self._it
+        it = self._it
+        recipe = it.recipe_of(self._done)
+        key = steps, recipe is it.recipe
+        if key not in self._compiled:
             start = time.perf_counter()
-            self._compiled[steps] = it.compile(
+            self._compiled[key] = it.compile(
                 step_lib.train_step if steps == 1 else step_lib.train_steps,
                 it.state,
                 it.split("train").data,
                 batch,
+                recipe=recipe,
                 donate_argnums=0,
                 out_shardings=mesh_lib.replicated(it.mesh),
             )
             self._clock += time.perf_counter() - start
-        return self._compiled[steps]
+        return self._compiled[key]
 
     def _count(self, steps: int, metrics: dict[str, jax.Array]) -> None:
         self._pending.append(metrics)

@@ -21,7 +21,7 @@ _PADDED_ELSEWHERE = 8.0
 
 
 def create(
-    optimizer: Any, rate: Callable[[Any], jax.Array], total_steps: int
+    optimizer: Any, rate: Callable[[Any], jax.Array], total_steps: int, start: int = 0
 ) -> optax.GradientTransformation:
     """Builds the optimizer.
 
@@ -42,6 +42,7 @@ def create(
         optimizer: the section of the config.
         rate: index of an update -> the rate of the kernels; the others follow it.
         total_steps: number of updates of the whole run.
+        start: how many of them came before this optimizer's first.
     """
     trace = optax.trace(optimizer.momentum, nesterov=optimizer.nesterov)
     kernels = [trace, _orthogonal(optimizer.normalize, optimizer.newton_schulz)]
@@ -64,7 +65,7 @@ def create(
 
     def early(step: Any) -> jax.Array:
         until = max(optimizer.whiten_until * total_steps, 1.0)
-        return jnp.maximum(1 - jnp.asarray(step, jnp.float32) / until, 0.0)
+        return jnp.maximum(1 - jnp.asarray(step + start, jnp.float32) / until, 0.0)
 
     rule = optax.partition(
         {

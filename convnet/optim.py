@@ -4,7 +4,7 @@ Whatever depends on time is computed from the step count inside the optimizer's 
 state, so that a checkpoint of that state is all that is needed to go on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ Schedule = Callable[[ArrayLike], jax.Array]
 
 
 def create(
-    optimizer: Any, schedule: Any, total_steps: int
+    optimizer: Any, schedule: Any, total_steps: int, start: int = 0
 ) -> tuple[optax.GradientTransformation, Schedule]:
     """Build the optimizer and its learning-rate schedule.
 
@@ -44,8 +44,10 @@ def create(
 
     Args:
         optimizer: the section of the config.
-        schedule: has name, warmup, steps, factor, final; see `create_schedule`.
+        schedule: has name, warmup, steps, factor, final; see `create_schedule`. Or the
+            schedule itself: index of an update -> learning rate.
         total_steps: number of updates of the whole run.
+        start: how many of them came before this optimizer's first.
 
     Returns:
         The transformation, whose updates are to be added to the parameters, and the
@@ -54,9 +56,15 @@ def create(
     Raises:
         ValueError: an unknown name or a number outside its range.
     """
-    schedule_fn = create_schedule(schedule, optimizer.lr, total_steps)
+    schedule_fn = schedule
+    if not callable(schedule):
+        schedule_fn = create_schedule(schedule, optimizer.lr, total_steps)
+
+    def rate(count: ArrayLike) -> jax.Array:
+        return schedule_fn(count + start)
+
     if optimizer.name == "muon":
-        return muon.create(optimizer, schedule_fn, total_steps), schedule_fn
+        return muon.create(optimizer, rate, total_steps, start), schedule_fn
     adam = {"b1": optimizer.momentum, "b2": optimizer.beta2}
     trace = optax.trace(optimizer.momentum, nesterov=optimizer.nesterov)
     decay = optax.identity()
@@ -75,8 +83,30 @@ def create(
         )
     if optimizer.clip_norm:
         rule.insert(0, optax.clip_by_global_norm(optimizer.clip_norm))
-    rule.append(optax.scale_by_learning_rate(schedule_fn))
+    rule.append(optax.scale_by_learning_rate(rate))
     return optax.chain(*rule), schedule_fn
+
+
+def scaled(
+    optimizer: optax.GradientTransformation, factors: Mapping[str, float]
+) -> optax.GradientTransformation:
+    """Multiplies the updates of some leaves: layer-wise learning rates.
+
+    Args:
+        optimizer: any.
+        factors: by the paths of leaves, "base/stem/conv/kernel"; others have 1.
+    """
+    if not factors:
+        return optimizer
+
+    def scale(path: tuple, update: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return factors.get(name, 1.0) * update
+
+    return optax.chain(
+        optimizer,
+        optax.stateless(lambda updates, _: jax.tree.map_with_path(scale, updates)),
+    )
 
 
 def create_schedule(schedule: Any, lr: float, total_steps: int) -> Schedule:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,27 +14,35 @@ import numpy as np
 from jax.sharding import Mesh
 
 from convnet import config as config_lib
+from convnet import features, models, optim, resolve, transfer
 from convnet import mesh as mesh_lib
-from convnet import models, optim, resolve
 from convnet import step as step_lib
 from convnet import task as task_lib
 from convnet.data import measure, pipeline
 from convnet.data import source as source_lib
 from convnet.data.order import TrainOrder
 from convnet.errors import UsageError
+from convnet.freezing import Frozen, staged
 from convnet.models import summary as summary_lib
 from convnet.step import Recipe, TrainState
 
 
 @dataclasses.dataclass
 class Run:
-    """Everything that a run needs, made by `prepare`."""
+    """Everything that a run needs, made by `prepare`.
+
+    `thawed` is the recipe from step `plan.thaw_step` on, None where nothing thaws. With
+    `cached` the splits hold features in place of inputs (`convnet.features`).
+    """
 
     config: ml_collections.ConfigDict
     changed: dict[str, Any]
     mesh: Mesh
     dataset: source_lib.Dataset
     recipe: Recipe
+    thawed: Recipe | None
+    cached: bool
+    plan: transfer.Plan
     schedule: optim.Schedule
     total_steps: int
     state: TrainState | None
@@ -51,14 +60,25 @@ class Run:
         """Returns the split "train" or "test", opened when it is first needed."""
         if name not in self.splits:
             source = getattr(self.dataset, name)
-            self.splits[name] = pipeline.create(source, self.config.data, self.mesh)
+            split = pipeline.create(source, self.config.data, self.mesh)
+            # Of views of a test image there are no features.
+            if self.cached and (name == "train" or self.config.evaluate.tta == "none"):
+                split = features.compute(self, split, name)
+            self.splits[name] = split
         return self.splits[name]
 
-    def compile(self, function: Any, *args: Any, **options: Any) -> Any:
+    def recipe_of(self, step: int) -> Recipe:
+        """Returns the recipe of the step with this index."""
+        late = self.thawed is not None and step >= self.plan.thaw_step
+        return self.thawed if late else self.recipe
+
+    def compile(
+        self, function: Any, *args: Any, recipe: Recipe | None = None, **options: Any
+    ) -> Any:
         """Compiles a pure step for its arguments, on the clock of compilation."""
         start = time.perf_counter()
         jitted = jax.jit(
-            functools.partial(function, recipe=self.recipe),
+            functools.partial(function, recipe=recipe or self.recipe),
             compiler_options=mesh_lib.compiler_options(jax.default_backend()),
             **options,
         )
@@ -79,21 +99,25 @@ class Run:
         return self._predict[views](variables, data, batch)
 
 
-def prepare(config: ml_collections.ConfigDict) -> Run:
+def prepare(
+    config: ml_collections.ConfigDict, schedule: optim.Schedule | None = None
+) -> Run:
     """Opens the data, builds model, optimizer and state.
 
     Args:
       config: as `config.default()`; its open values (the model's own options, mean and
         std) are filled in.
+      schedule: of the learning rate, in place of config.schedule.
 
     Raises:
       UsageError: a value is wrong, or values do not go together.
-      ConvnetError: the data cannot be used.
+      ConvnetError: the data, or the model of init_from, cannot be used.
     """
     resolve.validate(config)
+    changed = config_lib.changed(config)
+    bundle = transfer.adopt(config)
     mesh = mesh_lib.make(config.data.batch_size)
     dataset = source_lib.load(config.data, config.seed)
-    changed = config_lib.changed(config)
     resolve.resolve(config, functools.partial(measure.mean_and_std, dataset.train))
     example = pipeline.first(dataset.train)["input"][None]
     for name in ("mean", "std"):
@@ -109,42 +133,67 @@ def prepare(config: ml_collections.ConfigDict) -> Run:
         dtype=config.model.dtype,
         **resolve.model_options(config),
     )
-    total_steps = resolve.total_steps(config, len(dataset.train))
+    examples = len(dataset.train)
+    total_steps = resolve.total_steps(config, examples)
     try:
-        optimizer, schedule = optim.create(
-            config.optimizer, config.schedule, total_steps
-        )
-        recipe = Recipe(
+        plan = transfer.plan(config, bundle, model, example, dataset)
+        make = functools.partial(
+            Recipe,
             model,
             task,
-            optimizer,
-            tuple(config.data.mean),
-            tuple(config.data.std),
-            config.augment,
-            config.seed,
-            config.optimizer.accumulate,
-            config.optimizer.ema,
+            mean=tuple(config.data.mean),
+            std=tuple(config.data.std),
+            augment=config.augment,
+            seed=config.seed,
+            accumulate=config.optimizer.accumulate,
+            ema=config.optimizer.ema,
+        )
+        recipe, thawed, schedule = _recipes(
+            make, config, plan, total_steps, schedule or config.schedule
         )
         summary = summary_lib.summarize(model, example.shape)
         first = pipeline.first(dataset.train)
         _check_shapes(recipe, first, config.evaluate.tta)
     except ValueError as error:
         raise UsageError(f"{error} (an input is {example.shape[1:]})") from error
-    order = TrainOrder(len(dataset.train), config.data.batch_size, config.seed)
     return Run(
         config=config,
         changed=changed,
         mesh=mesh,
         dataset=dataset,
         recipe=recipe,
+        thawed=thawed,
+        cached=features.wanted(config, recipe, mesh, thawed, example.shape, examples),
+        plan=plan,
         schedule=schedule,
         total_steps=total_steps,
         state=None,
-        train_order=order,
-        summary=summary,
+        train_order=TrainOrder(examples, config.data.batch_size, config.seed),
+        summary="\n\n".join(filter(None, [summary, plan.table()])),
         example_shape=example.shape[1:],
         example_dtype=example.dtype,
     )
+
+
+def _recipes(
+    make: Callable[..., Recipe],
+    config: ml_collections.ConfigDict,
+    plan: transfer.Plan,
+    total_steps: int,
+    schedule: Any,
+) -> tuple[Recipe, Recipe | None, optim.Schedule]:
+    """The recipe at the start, that after the thaw (or None), and the schedule."""
+
+    def create(frozen: Frozen, start: int) -> Any:
+        optimizer, rate = optim.create(config.optimizer, schedule, total_steps, start)
+        return frozen.without(optim.scaled(optimizer, plan.scales())), rate
+
+    first, rate = create(plan.frozen, 0)
+    if not plan.thaw_step:
+        return make(optimizer=first, frozen=plan.frozen), None, rate
+    stages = first, create(Frozen(), plan.thaw_step)[0]
+    recipe = make(optimizer=staged(stages, 0), frozen=plan.frozen)
+    return recipe, make(optimizer=staged(stages, 1)), rate
 
 
 def _check_shapes(recipe: Recipe, record: dict[str, Any], views: str) -> None:
@@ -167,6 +216,8 @@ def _check_shapes(recipe: Recipe, record: dict[str, Any], views: str) -> None:
 def initial_state(it: Run) -> TrainState:
     """Initialises the state on the mesh, under jit."""
     count = min(step_lib.init_examples(it.recipe), len(it.dataset.train))
+    if all(x.loaded for x in it.plan.leaves if x.collection == "batch_stats"):
+        count = 1  # What would be measured is loaded.
     records = measure.spread(it.dataset.train, count)
     inputs = jnp.asarray(np.stack([record["input"] for record in records]))
     create = functools.partial(step_lib.create_state, it.recipe)
@@ -177,7 +228,7 @@ def initial_state(it: Run) -> TrainState:
         create,
         out_shardings=mesh_lib.replicated(it.mesh),
         compiler_options=options if jax.default_backend() == "cpu" else None,
-    )(inputs)
+    )(inputs, it.plan.variables)
     jax.block_until_ready(state)
     it.compile_seconds += time.perf_counter() - start
     return state

@@ -36,14 +36,17 @@ class Progress:
             text += f"  accuracy {row['train/accuracy']:.1%}"
         text += f"  {row['images_per_second']:,.0f} images/s"
         text += f"  waiting {row['input_wait']:.0%}"
+        self.show(step, f"epoch {row['epoch']:.1f}  {text}", seconds_left)
+
+    def show(self, step: int, text: str, seconds_left: float) -> None:
+        """Shows where a step stands: beside the bar, or as a line of its own."""
         if self._bar is not None:
             self._bar.set_postfix_str(text)
         elif time.monotonic() - self._shown > _SECONDS_BETWEEN_LINES:
             self._shown = time.monotonic()
             minutes, seconds = divmod(round(seconds_left), 60)
             self.line(
-                f"step {step}/{self._total}  epoch {row['epoch']:.1f}  {text}"
-                f"  left {minutes}:{seconds:02d}"
+                f"step {step}/{self._total}  {text}  left {minutes}:{seconds:02d}"
             )
 
     def line(self, text: str) -> None:

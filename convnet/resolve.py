@@ -108,7 +108,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"task.positive is {values['task.positive']!r}, but only task.name ="
             f" 'binary' reads it, and it is {values['task.name']!r}"
         )
-    model_options(config)
+    # The model of init_from says which options there are.
+    if not values["init_from"]:
+        model_options(config)
 
 
 def _check_value(name: str, value: Any, key: Key) -> None:
@@ -155,7 +157,7 @@ def resolve(
     config: ml_collections.ConfigDict,
     measure: Callable[[], tuple[tuple[float, ...], tuple[float, ...]]],
 ) -> None:
-    """Fills in what was left open: the model's own options, the data's mean and std.
+    """Fills in what was left open: the model's options, views, the data's mean and std.
 
     Args:
       config: changed in place.
@@ -163,6 +165,8 @@ def resolve(
     """
     for key, value in model_options(config).items():
         config.model[key] = value
+    if config.evaluate.tta == "auto":
+        config.evaluate.tta = "none"
     if not (config.data.mean and config.data.std):
         mean, std = measure()
         config.data.mean = config.data.mean or mean
@@ -173,6 +177,15 @@ def total_steps(config: ml_collections.ConfigDict, examples: int) -> int:
     """Returns the steps of the run: train.steps, or train.epochs rounded up."""
     if config.train.steps:
         return config.train.steps
-    steps = config.train.epochs * examples / config.data.batch_size
+    return max(1, _steps(config, config.train.epochs, examples))
+
+
+def thaw_step(config: ml_collections.ConfigDict, examples: int) -> int:
+    """Returns the step from which on all trains; 0: none of the run's steps."""
+    step = _steps(config, config.transfer.thaw_epoch, examples)
+    return step if step < total_steps(config, examples) else 0
+
+
+def _steps(config: ml_collections.ConfigDict, epochs: float, examples: int) -> int:
     # Rounded first: 1.1 epochs of 50,000 in batches of 500 come to 110.00000000000001.
-    return max(1, math.ceil(round(steps, 6)))
+    return math.ceil(round(epochs * examples / config.data.batch_size, 6))

@@ -12,6 +12,7 @@ import optax
 
 from convnet import optim, tta
 from convnet.data import augment
+from convnet.freezing import Frozen, merge
 from convnet.task import Task
 
 Batch = dict[str, jax.Array]
@@ -41,7 +42,8 @@ class TrainState(flax.struct.PyTreeNode):
 class Recipe:
     """What stays the same from step to step.
 
-    `mean` and `std` are in units of `to_unit`; `augment` has config.augment's keys.
+    `mean` and `std` are in units of `to_unit`; `augment` has config.augment's keys. The
+    optimizer is given the gradients of what is not frozen.
     """
 
     model: nn.Module
@@ -53,6 +55,7 @@ class Recipe:
     seed: int
     accumulate: int
     ema: float
+    frozen: Frozen = Frozen()
 
     def key(self, stream: int, step: jax.Array | int) -> jax.Array:
         """Returns the key of one use of randomness (0 init, 1 augment, 2 dropout)."""
@@ -61,16 +64,20 @@ class Recipe:
         )
 
 
-def create_state(recipe: Recipe, inputs: jax.Array) -> TrainState:
+def create_state(
+    recipe: Recipe, inputs: jax.Array, loaded: dict[str, Any] | None = None
+) -> TrainState:
     """Initialises the state.
 
     Args:
       recipe: what stays the same.
       inputs: (n, *spatial, c), as many as `init_examples` says; most networks look at
         the shape alone.
+      loaded: variables that are given, any part of {"params", "batch_stats"}.
     """
     normal = normalize(to_unit(inputs), recipe.mean, recipe.std)
     variables = recipe.model.init(recipe.key(0, 0), normal, train=False)
+    variables = merge(variables, loaded or {})
     params = variables["params"]
     batch_stats = variables.get("batch_stats", {})
     ema = {"params": params, "batch_stats": batch_stats} if recipe.ema else None
@@ -100,16 +107,38 @@ def normalize(
 
 
 def materialize(data: Batch, batch: Batch) -> Batch:
-    """Gathers a batch's examples from the resident split `data`, if they lie there."""
+    """Gathers a batch's examples from the resident split `data`, if they lie there.
+
+    Of cached features, (views, n, ...), `batch` may say which view is meant.
+    """
     if not data:
         return batch
-    index = batch["index"]
+    index = place = batch["index"]
+    inputs = data.get("input")
+    if is_cached(data):
+        inputs = data["features"].reshape(-1, *data["features"].shape[2:])
+        place = index + data["features"].shape[1] * batch.get("view", 0)
     return {
         **batch,
-        "input": jnp.take(data["input"], index, axis=0),
+        "input": jnp.take(inputs, place, axis=0),
         "label": jnp.take(data["label"], index, axis=0),
         "weight": batch["weight"] * jnp.take(data["weight"], index, axis=0),
     }
+
+
+def is_cached(data: Batch) -> bool:
+    """Whether a split holds the features of its examples in place of the examples."""
+    return "features" in data
+
+
+def base(model: nn.Module, inputs: jax.Array, train: bool) -> jax.Array:
+    """The part of a network that a method of `apply` runs alone: inputs to features."""
+    return model.base(inputs, train)
+
+
+def head(model: nn.Module, features: jax.Array, train: bool) -> jax.Array:
+    """The other part: features to logits."""
+    return model.head(features, train)
 
 
 def augmented(
@@ -132,6 +161,24 @@ def augmented(
     return augment.apply(recipe.key(1, step), batch, recipe.augment)
 
 
+def network_batch(
+    step: jax.Array | int, data: Batch, batch: Batch, *, recipe: Recipe
+) -> Batch:
+    """Returns the step's batch as the network sees it in training.
+
+    `augmented`, with normalised inputs; of cached features, which are those of the one
+    or of both mirror images, what `augmented` would have led to.
+    """
+    if not is_cached(data):
+        batch = augmented(step, data, batch, recipe=recipe)
+        return {**batch, "input": normalize(batch["input"], recipe.mean, recipe.std)}
+    if len(data["features"]) == 2:
+        flipped = augment.alternating_flips(batch["index"], batch["epoch"])
+        batch = {**batch, "view": flipped.astype(jnp.int32)}
+    batch = materialize(data, batch)
+    return {**batch, "target": recipe.task.target(batch["label"])}
+
+
 def train_step(
     state: TrainState, data: Batch, batch: Batch, *, recipe: Recipe
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -147,22 +194,24 @@ def train_step(
       The next state, and scalars: `count` (the sum of weights), sums of the task's
       metrics over the batch, `objective` (the minimised loss) and `grad_norm`.
     """
-    batch = augmented(state.step, data, batch, recipe=recipe)
-    inputs = normalize(batch["input"], recipe.mean, recipe.std)
-    weight, target = batch["weight"], batch["target"]
+    batch = network_batch(state.step, data, batch, recipe=recipe)
+    inputs, weight, target = batch["input"], batch["weight"], batch["target"]
+    trained, rest = recipe.frozen.split(state.params)
     total = jnp.maximum(weight.sum(), 1.0)
     dropout = recipe.key(2, state.step)
 
-    def objective(params, batch_stats, part):
+    def objective(trained, batch_stats, part):
         # Interleaved, so that each device works on its own share of every microbatch.
         pick = lambda x: x.reshape(-1, recipe.accumulate, *x.shape[1:])[:, part]  # noqa: E731
-        logits, updated = recipe.model.apply(
-            {"params": params, "batch_stats": batch_stats},
-            pick(inputs),
-            train=True,
-            mutable=["batch_stats"],
-            rngs={"dropout": jax.random.fold_in(dropout, part)},
-        )
+        with recipe.frozen.resting():
+            logits, updated = recipe.model.apply(
+                {"params": merge(trained, rest), "batch_stats": batch_stats},
+                pick(inputs),
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.fold_in(dropout, part)},
+                method=head if is_cached(data) else None,
+            )
         loss = (recipe.task.loss(logits, pick(target)) * pick(weight)).sum() / total
         values = recipe.task.metrics(logits, pick(target))
         sums = {name: (v * pick(weight)).sum() for name, v in values.items()}
@@ -172,19 +221,23 @@ def train_step(
     batch_stats, grads, metrics = state.batch_stats, None, None
     # Unrolled: XLA's loops are many times slower on a CPU.
     for part in range(recipe.accumulate):
-        (loss, (batch_stats, sums)), part_grads = gradient(
-            state.params, batch_stats, part
-        )
+        (loss, (batch_stats, sums)), part_grads = gradient(trained, batch_stats, part)
         sums = {"objective": loss, **sums}
         grads = part_grads if part == 0 else jax.tree.map(jnp.add, grads, part_grads)
         metrics = sums if part == 0 else jax.tree.map(jnp.add, metrics, sums)
 
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
+    trained = optax.apply_updates(trained, updates)
+    params, ema = merge(trained, rest), state.ema
     if ema is not None:
-        latest = {"params": params, "batch_stats": batch_stats}
-        ema = optim.ema_update(ema, latest, recipe.ema, state.step)
+        averaged, still = recipe.frozen.split(ema["params"])
+        ema = optim.ema_update(
+            {"params": averaged, "batch_stats": ema["batch_stats"]},
+            {"params": trained, "batch_stats": batch_stats},
+            recipe.ema,
+            state.step,
+        )
+        ema["params"] = merge(ema["params"], still)
     metrics |= {"count": weight.sum(), "grad_norm": optax.tree.norm(grads)}
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
@@ -228,13 +281,42 @@ def predict_step(
       each (b,).
     """
     batch = materialize(data, batch)
-    inputs = normalize(to_unit(batch["input"]), recipe.mean, recipe.std)
     apply = functools.partial(recipe.model.apply, variables, train=False)
-    logits = tta.logits(apply, inputs, views)
+    if is_cached(data):
+        logits = apply(batch["input"], method=head)
+    else:
+        inputs = normalize(to_unit(batch["input"]), recipe.mean, recipe.std)
+        logits = tta.logits(apply, inputs, views)
     target = recipe.task.target(batch["label"])
     return {
         "prediction": recipe.task.predict(logits),
         "label": batch["label"],
         "weight": batch["weight"],
         **recipe.task.metrics(logits, target),
+    }
+
+
+def extract_step(
+    variables: dict[str, Any],
+    data: Batch,
+    batch: Batch,
+    *,
+    recipe: Recipe,
+    flipped: bool,
+) -> Batch:
+    """Passes a batch, or its mirror images, through the base alone.
+
+    Returns:
+      `features` (b, ...), `label` (b, ...) and `weight` (b,).
+    """
+    batch = materialize(data, batch)
+    inputs = to_unit(batch["input"])
+    if flipped:
+        inputs = augment.flip(inputs, jnp.ones(len(inputs), bool))
+    inputs = normalize(inputs, recipe.mean, recipe.std)
+    features = recipe.model.apply(variables, inputs, train=False, method=base)
+    return {
+        "features": features,
+        "label": batch["label"],
+        "weight": batch["weight"],
     }

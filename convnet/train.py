@@ -34,7 +34,7 @@ def run(config: ml_collections.ConfigDict, path: Path, command: str) -> dict[str
     workdir.adopt(config)
     it = prepare(config)
     workdir.check(config)
-    data = measure.fingerprint(it.dataset)
+    data = measure.fingerprint(it.dataset) | it.plan.fingerprint()
     workdir.check_data(data)
     result = workdir.read_json("result.json")
     if result is not None:
@@ -44,6 +44,8 @@ def run(config: ml_collections.ConfigDict, path: Path, command: str) -> dict[str
     workdir.lock()
     workdir.write_json("config.json", config_lib.to_dict(config))
     workdir.write_json("data.json", data)
+    if config.init_from:
+        workdir.write_json("transfer.json", it.plan.to_dict())
     print(_heading(it, path))
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint.keep)
     try:

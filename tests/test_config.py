@@ -46,8 +46,8 @@ def set_key(config, name, value):
 def other_value(key):
     """A value of the key's type that is not its default."""
     default = key.default
-    if default in (str, tuple, int, float):
-        empty = {str: "x", tuple: (3,), int: 3, float: 0.5}[default]
+    if default in (str, tuple, int, float, bool):
+        empty = {str: "x", tuple: (3,), int: 3, float: 0.5, bool: True}[default]
         return key.choices[0] if key.choices else empty
     if key.choices:
         return next(choice for choice in key.choices if choice != default)

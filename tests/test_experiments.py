@@ -19,7 +19,7 @@ from array_record.python import array_record_module
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from convnet import cli, main, models, resolve, train
+from convnet import bundle, cli, main, models, resolve, train
 from convnet import config as config_lib
 from convnet.errors import ConvnetError
 
@@ -42,6 +42,9 @@ DATA = {
     "folder": ("flowers", ("daisy", "rose", "tulip")),
     "imagenet_resnet50": ("tfds", tuple(f"class{i}" for i in range(5))),
     "timeseries": (None, ("cylinder", "bell", "funnel")),
+    "transfer_cat_vs_noncat": ("cat_vs_noncat", ("cat", "non-cat")),
+    "transfer_cats_vs_dogs": ("cats_and_dogs", ("cats", "dogs")),
+    "transfer_folder": ("flowers", ("daisy", "rose", "tulip")),
     "weather": (None, ()),
 }
 
@@ -125,7 +128,32 @@ def data(tmp_path_factory):
                 path = root / folder / split / classes[i % len(classes)] / f"{i}.jpg"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(encoded(rng, sizes[i % 3], "JPEG"))
+    write_model(root / "model.safetensors")
     return root
+
+
+def write_model(path):
+    """A small model of three other classes, for what starts from a model."""
+    options = {"widths": [4, 4], "depth": 1, "norm": "batch"}
+    model = models.create("cnn", num_outputs=3, **options)
+    variables = model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), "f"))
+    bundle.save(
+        path,
+        bundle.Bundle(
+            architecture={"name": "cnn", "num_outputs": 3, "options": options},
+            task={"name": "classification", "positive": None},
+            classes=("a", "b", "c"),
+            preprocessing={
+                "input_shape": [32, 32, 3],
+                "input_dtype": "uint8",
+                "resize": "crop",
+                "mean": [0.5],
+                "std": [0.25],
+            },
+            provenance={},
+            variables=variables,
+        ),
+    )
 
 
 def shrink(config):
@@ -137,6 +165,8 @@ def shrink(config):
     config.train.steps, config.train.log_every = STEPS, 1
     config.train.eval_every = 0.0
     config.checkpoint.every_steps, config.checkpoint.keep = 1, STEPS
+    if config.init_from:  # a model that is small already
+        return config
     options = models.options(config.model.name)
     for name in {"widths", "dense"} & options.keys():
         config.model[name] = (4,) * len(config.model[name] or options[name])
@@ -180,6 +210,8 @@ def test_experiment_trains(path, data, shallow, tmp_path):
     folder, classes = DATA[path.stem]
     if folder:
         config.data.dir = str(data / folder)
+    if config.init_from:
+        config.init_from = str(data / "model.safetensors")
     result = train.run(config, tmp_path / "run", "command")
 
     assert result["step"] == STEPS
@@ -195,7 +227,8 @@ def test_experiment_trains(path, data, shallow, tmp_path):
     before, after = (kernels(tmp_path / "run", step) for step in (1, STEPS))
     assert len(before) >= 2
     for name, kernel in before.items():
-        assert not np.array_equal(kernel, after[name]), f"{name} does not train"
+        frozen = config.transfer.freeze == "base" and "/base/" in name
+        assert np.array_equal(kernel, after[name]) == frozen, f"{name} does not train"
 
     with safetensors.safe_open(tmp_path / "run/model.safetensors", "numpy") as file:
         about = json.loads(file.metadata()["convnet"])
