@@ -30,9 +30,11 @@ from convnet import (
     tensorfile,
     tta,
 )
+from convnet import config as config_lib
 from convnet import step as step_lib
 from convnet import task as task_lib
 from convnet.bundle_metadata import Probe
+from convnet.data.resize import Resize
 from convnet.errors import ConvnetError, UsageError
 from convnet.files import write
 
@@ -54,9 +56,12 @@ class Bundle:
       task: {"name", "positive"}: "classification", "binary" or "regression"; `positive`
         is the number of the positive class (binary) or None.
       classes: names, in the order of the outputs; empty for regression.
-      preprocessing: {"input_shape", "input_dtype", "resize", "mean", "std"}.
+      preprocessing: {"input_shape", "input_dtype", "resize", "crop_fraction",
+        "interpolation", "mean", "std"}; crop_fraction and interpolation may be missing.
       provenance: where the weights come from; free of form.
       variables: {"params": ..., "batch_stats": ...}, float32.
+      views: one of `tta.VIEWS`: what a prediction is averaged over, unless the caller
+        says otherwise. A trained model predicts as its test accuracy was measured.
     """
 
     architecture: dict[str, Any]
@@ -65,6 +70,7 @@ class Bundle:
     preprocessing: dict[str, Any]
     provenance: dict[str, Any]
     variables: dict[str, Any]
+    views: str = "none"
 
     def model(self, dtype: str = "float32") -> nn.Module:
         """Returns the Linen module, computing in `dtype`."""
@@ -92,26 +98,34 @@ class Bundle:
         )
         return tta.logits(partial(model.apply, variables, train=False), normal, views)
 
-    def predict_fn(
-        self, dtype: str = "float32", views: str = "none"
-    ) -> Callable[[Any], jax.Array]:
-        """Returns a compiled function of a batch of inputs as they are stored.
+    def predict(
+        self,
+        variables: Any,
+        inputs: jax.Array,
+        dtype: str = "float32",
+        views: str | None = None,
+    ) -> jax.Array:
+        """Inputs as they are stored (b, *spatial, c) -> what is predicted; pure.
 
-        It gives float32 probabilities (b, k); with the task "binary" that of the
-        positive class (b,); for regression the outputs themselves.
+        That is float32 probabilities (b, k); with the task "binary" that of the
+        positive class (b,); for regression the outputs themselves. `views` is one of
+        `tta.VIEWS`, by default the model's own.
         """
-        name = self.task["name"]
+        logits = self.logits(variables, inputs, dtype, views or self.views)
+        if self.task["name"] == "classification":
+            return task_lib.Classification(logits.shape[-1]).predict(logits)
+        if self.task["name"] == "binary":
+            return task_lib.Binary(self.task["positive"]).predict(logits)
+        return logits
 
-        def predict(variables: Any, inputs: jax.Array) -> jax.Array:
-            logits = self.logits(variables, inputs, dtype, views)
-            if name == "classification":
-                return task_lib.Classification(logits.shape[-1]).predict(logits)
-            if name == "binary":
-                return task_lib.Binary(self.task["positive"]).predict(logits)
-            return logits
-
+    def predict_fn(
+        self, dtype: str = "float32", views: str | None = None
+    ) -> Callable[[Any], jax.Array]:
+        """Returns `predict` as a compiled function of the inputs alone."""
         options = mesh.compiler_options(jax.default_backend())
-        compiled = jax.jit(predict, compiler_options=options)
+        compiled = jax.jit(
+            partial(self.predict, dtype=dtype, views=views), compiler_options=options
+        )
         return partial(compiled, jax.device_put(self.variables))
 
     def probe(self) -> np.ndarray:
@@ -125,10 +139,15 @@ class Bundle:
         run = bundle_check.compiled(
             self.logits, self.variables, jax.ShapeDtypeStruct(shape, dtype)
         )
+        return np.asarray(run(self.variables, jnp.asarray(self.probe_inputs())))
+
+    def probe_inputs(self) -> np.ndarray:
+        """Returns two inputs as stored (2, *spatial, c): noise, always the same."""
+        shape = (2, *self.preprocessing["input_shape"])
         values = np.random.Generator(np.random.Philox(0)).integers(0, 256, shape)
-        if dtype == "float32":
+        if self.preprocessing["input_dtype"] == "float32":
             values = values / 127.5 - 1.0
-        return np.asarray(run(self.variables, jnp.asarray(values, dtype)))
+        return values.astype(self.preprocessing["input_dtype"])
 
 
 def save(path: Path, bundle: Bundle, storage: str = "float32") -> None:
@@ -243,10 +262,16 @@ def configure(config: ml_collections.ConfigDict, bundle: Bundle) -> None:
         config.model[name] = tuple(value) if isinstance(value, list) else value
     config.data.mean = tuple(about["mean"])
     config.data.std = tuple(about["std"])
-    config.data.resize = about["resize"]
+    resize = Resize.of(about)
+    config.data.resize = resize.rule
+    config.data.crop_fraction = resize.crop_fraction
+    config.data.interpolation = resize.interpolation
     h, w = (*about["input_shape"], 0)[:2]
     if len(about["input_shape"]) == 3 and h == w and about["input_dtype"] == "uint8":
         config.data.image_size = h
+    # It is trained: nothing is to be loaded or frozen.
+    config.init_from = ""
+    config.transfer.update(config_lib.default().transfer)
     config.task.name = bundle.task["name"]
     if bundle.task["positive"] is not None:
         config.task.positive = bundle.classes[bundle.task["positive"]]

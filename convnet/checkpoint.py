@@ -164,7 +164,7 @@ class Checkpoints:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return self._restore(step, state)
+                return self.read(step, state)
             except Exception as error:  # Whatever a damaged file can raise.
                 reason = " ".join(str(error).split())[:200]
                 aside = self._set_aside(step)
@@ -179,9 +179,13 @@ class Checkpoints:
             )
         return None
 
-    def _restore(
-        self, step: int, state: TrainState
-    ) -> tuple[TrainState, dict[str, Any]]:
+    def read(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Reads one checkpoint; arguments and results are those of `restore`.
+
+        Raises:
+          ConvnetError: its content does not match its hash.
+          Exception: whatever a damaged file makes Orbax and TensorStore raise.
+        """
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, flat(state))
         found = self._manager.restore(
             step,

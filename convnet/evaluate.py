@@ -115,6 +115,19 @@ def means(predicted: dict[str, np.ndarray]) -> dict[str, float]:
     } | {"examples": count}
 
 
+def summary(predicted: dict[str, np.ndarray]) -> dict[str, float]:
+    """Returns `means`, and of a classifier its expected calibration error."""
+    found = means(predicted)
+    if "accuracy" in predicted:
+        confidence, correct = (
+            _confidence(predicted["prediction"]),
+            predicted["accuracy"],
+        )
+        error = metrics_lib.calibration(confidence, correct > 0)["ece"]
+        found["calibration_error"] = error
+    return found
+
+
 def evaluation(
     task: Task, predicted: dict[str, np.ndarray], baseline: dict[str, float]
 ) -> metrics_lib.Evaluation:
@@ -214,6 +227,8 @@ def main(values: flags.FlagValues) -> None:
 
     bundle = bundle_lib.load(Path(values.model).expanduser())
     bundle_lib.configure(config, bundle)
+    if config.evaluate.tta == "auto":
+        config.evaluate.tta = bundle.views
     it = prepare.prepare(config)
     wanted = bundle.preprocessing
     if (list(it.example_shape), str(it.example_dtype)) != (
@@ -230,7 +245,7 @@ def main(values: flags.FlagValues) -> None:
             f" {it.dataset.classes}"
         )
     it.predicted = predict_views(it.predict, bundle.variables, it.split("test"), config)
-    found = {f"test/{name}": value for name, value in means(it.predicted).items()}
+    found = {f"test/{name}": value for name, value in summary(it.predicted).items()}
     for name, value in found.items():
         print(f"{name}: {value:.6g}")
     if values.output:

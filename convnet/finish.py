@@ -31,7 +31,7 @@ def finish(it: Run, workdir: Workdir, command: str) -> dict[str, Any]:
         it.predicted = evaluate.predict_views(
             it.predict, it.state.variables(), it.split("test"), it.config
         )
-    result = _result(it, evaluate.means(it.predicted))
+    result = _result(it, evaluate.summary(it.predicted))
     bundle.save(workdir.path / "model.safetensors", _bundle(it, result, command))
     contents = page(it, workdir, result, command)
     report.write(workdir.path / "report.html", contents)
@@ -86,11 +86,14 @@ def _bundle(it: Run, result: dict[str, Any], command: str) -> bundle.Bundle:
             "input_shape": it.example_shape,
             "input_dtype": str(it.example_dtype),
             "resize": config.data.resize,
+            "crop_fraction": config.data.crop_fraction,
+            "interpolation": config.data.interpolation,
             "mean": tuple(config.data.mean),
             "std": tuple(config.data.std),
         },
         provenance={**origin, "result": result},
         variables=jax.device_get(it.state.variables()),
+        views=config.evaluate.tta,
     )
 
 

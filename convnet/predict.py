@@ -1,7 +1,7 @@
 """Predicts pictures: files, folders, patterns, lists, arrays.
 
 usage: python -m convnet.predict --model=M PATH... [--find=cat] [--threshold=0.5]
-           [--top=3] [--tta] [--dtype=bfloat16] [--output=FILE.jsonl or .csv]
+           [--top=3] [--tta | --notta] [--dtype=bfloat16] [--output=FILE.jsonl or .csv]
            [--report=FILE.html]
 
 PATH is a picture, whatever its name ends in; a folder, with all folders in it; a
@@ -31,11 +31,14 @@ from absl import flags
 from tqdm import tqdm
 
 from convnet import cli, inputs, mesh, predict_output, predict_stream
+from convnet.data.resize import Resize
 from convnet.errors import UsageError
 from convnet.gallery import Gallery
 from convnet.input_arrays import Wanted
 from convnet.inputs import Record
 from convnet.predict_output import Found, Row, Writer, shown
+
+_VIEWS = {None: None, True: "flip_translate", False: "none"}
 
 
 def define(values: flags.FlagValues, argv: list[str]) -> None:
@@ -60,8 +63,9 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     )
     flags.DEFINE_bool(
         "tta",
-        False,
-        "average over six views, in six times the time",
+        None,
+        "average over six views of a picture, or (--notta) take one; by default as the"
+        " model was evaluated. Each view takes its time",
         flag_values=values,
     )
     flags.DEFINE_enum(
@@ -101,14 +105,14 @@ def main(values: flags.FlagValues, arguments: list[str]) -> int:
     labels = class_names(bundle.classes, bundle.task["positive"])
     searched = find_class(values.find, labels) if values.find is not None else None
     about = bundle.preprocessing
-    wanted = Wanted(tuple(about["input_shape"]), about["input_dtype"], about["resize"])
+    wanted = Wanted(tuple(about["input_shape"]), about["input_dtype"], Resize.of(about))
     gallery = _gallery(values, labels, wanted.resize) if values.report else None
     places = min(values.top, len(labels)) if searched is None else 1
     times = predict_stream.Times()
     answers = predict_stream.predict(
         inputs.records(paths, wanted),
         wanted,
-        bundle.predict_fn(values.dtype, "flip_translate" if values.tta else "none"),
+        bundle.predict_fn(values.dtype, _VIEWS[values.tta]),
         jax.default_backend(),
         times,
     )
@@ -138,7 +142,9 @@ def main(values: flags.FlagValues, arguments: list[str]) -> int:
     return 3 if progress.failed else 0
 
 
-def _gallery(values: flags.FlagValues, labels: Sequence[str], resize: str) -> Gallery:
+def _gallery(
+    values: flags.FlagValues, labels: Sequence[str], resize: Resize
+) -> Gallery:
     if not labels:
         raise UsageError(
             "--report: the model puts out numbers, and a page shows classes"

@@ -73,6 +73,26 @@ class Workdir:
         """Writes a JSON file into the folder."""
         write(self.path / name, json.dumps(content, indent=2) + "\n")
 
+    def config(self) -> ml_collections.ConfigDict:
+        """Returns the config of the run; keys younger than it have their defaults.
+
+        Raises:
+          UsageError: there is no run.
+        """
+        saved = self.read_json("config.json")
+        if saved is None:
+            raise UsageError(f"--workdir={self.path}: no run has begun there")
+        config = config_lib.default()
+        for name in config_lib.KEYS:
+            *parents, leaf = name.split(".")
+            node, there = config, saved
+            for part in parents:
+                node, there = node[part], there.get(part, {})
+            if leaf in there:
+                value = there[leaf]
+                node[leaf] = tuple(value) if isinstance(value, list) else value
+        return config
+
     def adopt(self, config: ml_collections.ConfigDict) -> None:
         """Fills the keys that the first run measured from its data: mean and std."""
         saved = self.read_json("config.json")

@@ -196,6 +196,8 @@ def test_predict_fn_gives_probabilities(bundle):
         want = np.exp(want) / np.exp(want).sum(-1, keepdims=True)
         got = bundle.predict_fn(views=views)(images)
         np.testing.assert_allclose(got, want, rtol=1e-4)
+        own = dataclasses.replace(bundle, views=views)
+        np.testing.assert_array_equal(own.predict_fn()(images), got)
     binary = {
         "architecture": {**bundle.architecture, "num_outputs": 1},
         "task": {"name": "binary", "positive": 1},
@@ -334,6 +336,10 @@ def quick():
         ("preprocessing/input_dtype", "uint16", "input_dtype is 'uint16'"),
         ("preprocessing/mean", [float("nan")], r"mean is \[nan\]"),
         ("preprocessing/std", [0.0], "want one number above 0"),
+        ("preprocessing/crop_fraction", 1.5, "crop_fraction is 1.5: want .*0.1 to 1"),
+        ("preprocessing/crop_fraction", float("nan"), "crop_fraction is nan"),
+        ("preprocessing/crop_fraction", "0.9", "crop_fraction is '0.9' in prepro"),
+        ("preprocessing/interpolation", "box", "'box': want one of bilinear, bicubic"),
         ("preprocessing/crop", 0.9, r"unknown fields \['crop'\] in preprocessing"),
         ("classes", ["\ud800", "a", "b"], "surrogates not allowed"),
         ("classes", [1, 2, 3], "want names"),

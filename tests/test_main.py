@@ -259,6 +259,7 @@ def test_result_and_metrics(workdir, result):
         "epochs": float,
         "test/accuracy": float,
         "test/loss": float,
+        "test/calibration_error": float,
         "test/examples": int,
         "train/seconds": float,
         "compile/seconds": float,

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import inspect
 import io
 import itertools
@@ -22,13 +23,14 @@ from scipy.special import expit, softmax
 from convnet import bundle as bundle_lib
 from convnet import cli, decoders, inputs, models, predict, predict_output
 from convnet import predict_stream as stream
+from convnet.data.resize import Resize
 from convnet.errors import ConvnetError, UsageError
 from convnet.input_arrays import Wanted
 
 CLASSES = ("cat", "dog", "=1+1")
 SIZE = 8
 OPTIONS = {"widths": (4,), "depth": 1, "gather": "flatten"}
-WANTED = Wanted((SIZE, SIZE, 3), "uint8", "crop")
+WANTED = Wanted((SIZE, SIZE, 3), "uint8", Resize())
 
 
 def make_bundle(task, classes, outputs, shape=(SIZE, SIZE, 3), dtype="uint8"):
@@ -205,6 +207,20 @@ def test_tta_averages_the_logits_of_six_views(saved, folder, pixels, tmp_path):
     np.testing.assert_allclose(got, want, rtol=1e-3)
 
 
+def test_without_the_flag_a_model_predicts_as_it_was_evaluated(saved, folder, tmp_path):
+    bundle, model = saved["classes"]
+    flipping = tmp_path / "flipping.safetensors"
+    bundle_lib.save(flipping, dataclasses.replace(bundle, views="flip_translate"))
+
+    def found(name, *flags):
+        output = tmp_path / "rows.jsonl"
+        run(f"--model={name}", folder, *flags, f"--output={output}")
+        return [row["probability"] for row in rows_of(output)]
+
+    assert found(flipping) == found(model, "--tta") != found(model)
+    assert found(flipping, "--notta") == found(model)
+
+
 def make_hostile(folder):
     """Puts broken files between the good ones; returns their names."""
     good = (folder / "00.png").read_bytes()
@@ -369,7 +385,7 @@ def test_arrays_give_a_record_for_each_row(saved, pixels, tmp_path):
         "b.npz#x:0", "b.npz#x:1", "b.npz#y:0",
     ]  # fmt: skip
     np.testing.assert_array_equal([r.pixels for r in records], pixels[:3])
-    gray = Wanted((SIZE, SIZE, 1), "uint8", "crop")
+    gray = Wanted((SIZE, SIZE, 1), "uint8", Resize())
     np.save(tmp_path / "gray.npy", pixels[..., 0])
     records = array_records(tmp_path / "gray.npy", gray)
     np.testing.assert_array_equal([r.pixels for r in records], pixels[..., :1])
@@ -510,12 +526,12 @@ def test_records_are_read_only_as_far_ahead_as_the_network_needs():
 
 
 def test_batches_are_small_for_large_inputs_and_never_padded_for_a_few():
-    assert stream.batch_size((32, 32, 3), "cpu") == 250
+    assert stream.batch_size((32, 32, 3), "cpu") == 500
     assert stream.batch_size((512, 512, 3), "cpu") == 8
     assert stream.batch_size((32, 32, 3), "gpu") == 4000
     shapes = []
     records = (inputs.Record("x", np.zeros((4, 4, 1), np.uint8)) for _ in range(3))
-    wanted = Wanted((4, 4, 1), "uint8", "crop")
+    wanted = Wanted((4, 4, 1), "uint8", Resize())
     network = lambda x: shapes.append(x.shape) or np.zeros(len(x))  # noqa: E731
     list(stream.predict(records, wanted, network, "cpu", stream.Times()))
     assert set(shapes) == {(3, 4, 4, 1)}
@@ -530,7 +546,7 @@ def test_a_decoding_process_that_dies_is_said():
 
 
 def test_squares_only_are_resized(folder):
-    wanted = Wanted((4, 6, 3), "uint8", "crop")
+    wanted = Wanted((4, 6, 3), "uint8", Resize())
     with pytest.raises(ConvnetError, match="is 8x8 pixels; the model takes 6x4"):
         decoders.pixels(str(folder / "00.png"), wanted)
 
