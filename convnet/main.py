@@ -31,10 +31,17 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
         "write WORKDIR/preview.png, a sheet of augmented images, and stop",
         flag_values=values,
     )
+    flags.DEFINE_bool(
+        "find_lr",
+        False,
+        "try growing learning rates for up to 100 steps, write WORKDIR/find_lr.png and"
+        " .json, suggest one, and stop",
+        flag_values=values,
+    )
 
 
 def main(values: flags.FlagValues) -> None:
-    """Trains, or previews the augmentation.
+    """Trains, previews the augmentation, or tests learning rates.
 
     Raises:
       ConvnetError: the run cannot go on, with the reason.
@@ -48,12 +55,15 @@ def main(values: flags.FlagValues) -> None:
     settings = resolve.check_type(values.config, experiment)
     mesh.start(settings.compilation_cache)
     # After `start`, because this is what brings JAX up.
-    from convnet import prepare, preview, train
+    from convnet import find_lr, prepare, preview, train
 
     if values.preview:
         path = workdir / "preview.png"
         count = preview.write_contact_sheet(prepare.prepare(settings), path)
         print(f"{count} augmented images: {path}")
+        return
+    if values.find_lr:
+        find_lr.run(settings, workdir)
         return
     command = shlex.join(["python", "-m", "convnet.main", *sys.argv[1:]])
     result = train.run(settings, workdir, command)
