@@ -1,0 +1,1 @@
+"""Style transfer: features, losses, minimisers, colour, tiles and frames."""

@@ -1,0 +1,131 @@
+"""Minimisers over pictures: values stay within 0 and 1.
+
+Python drives, and one compiled function does an evaluation. A line search inside a
+compiled program would put the convolutions into a `while` loop, in which XLA runs them
+many times slower on a CPU.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from convnet.style.objective import Evaluation
+
+Evaluate = Callable[[jax.Array], Evaluation]
+
+# Of the sufficient decrease (Nocedal and Wright 2006, equation 3.4).
+_ARMIJO = 1e-4
+_MOST_TRIALS = 8
+# Mean change of a value, 0 to 1, that the first step along the bare gradient tries.
+_FIRST_CHANGE = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Where a minimiser stands: its best picture so far, and the terms of its loss."""
+
+    evaluations: int
+    picture: jax.Array
+    terms: dict[str, float]
+
+
+def lbfgs(
+    evaluate: Evaluate, picture: jax.Array, evaluations: int, memory: int = 20
+) -> Iterator[Step]:
+    """L-BFGS (Optax's) on the box of pictures, with a backtracking line search.
+
+    A trial is clipped to the box, and taken if it lowers the loss sufficiently; usually
+    the first is. Where the direction leads nowhere, the memory is dropped and the
+    search starts again from the gradient.
+
+    Args:
+      evaluate: the objective.
+      picture: (h, w, c), where it starts.
+      evaluations: of the objective, in all.
+      memory: pairs of steps and changes of the gradient that are kept.
+
+    Yields:
+      A step after each evaluation.
+    """
+    solver = optax.scale_by_lbfgs(memory)
+    direction = jax.jit(solver.update, donate_argnums=1)
+    state, fresh = jax.jit(solver.init)(picture), True
+    here, used = evaluate(picture), 1
+    loss, terms = _numbers(here)
+    yield Step(used, picture, terms)
+    while used < evaluations:
+        along, state = direction(here.gradient, state, picture)
+        change = _FIRST_CHANGE / max(float(jnp.mean(jnp.abs(along))), 1e-30)
+        length, accepted = change if fresh else 1.0, False
+        for _ in range(_MOST_TRIALS):
+            trial, slope = _move(picture, along, here.gradient, length)
+            slope = float(slope)
+            if slope >= 0 or used >= evaluations:
+                break
+            there, used = evaluate(trial), used + 1
+            value, found = _numbers(there)
+            accepted = value <= loss + _ARMIJO * slope
+            if accepted:
+                break
+            yield Step(used, picture, terms)
+            # The minimum of the parabola through both values and the slope.
+            best = -slope / (2 * (value - loss - slope)) if np.isfinite(value) else 0.0
+            length *= min(max(best, 0.1), 0.5)
+        if accepted:
+            bends = _curvature(picture, here.gradient, trial, there.gradient) > 0
+            picture, here, loss, terms = trial, there, value, found
+            yield Step(used, picture, terms)
+            if not bends:  # such a pair would turn directions uphill
+                state = jax.jit(solver.init)(picture)
+            fresh = not bends
+        elif fresh:
+            return
+        else:
+            state, fresh = jax.jit(solver.init)(picture), True
+
+
+@jax.jit
+def _move(
+    picture: jax.Array, along: jax.Array, gradient: jax.Array, length: float
+) -> tuple[jax.Array, jax.Array]:
+    trial = jnp.clip(picture - length * along, 0, 1)
+    return trial, jnp.vdot(gradient, trial - picture)
+
+
+@jax.jit
+def _curvature(
+    before: jax.Array, gradient: jax.Array, after: jax.Array, later: jax.Array
+) -> jax.Array:
+    return jnp.vdot(after - before, later - gradient)
+
+
+def adam(
+    evaluate: Evaluate, picture: jax.Array, evaluations: int, lr: float = 0.02
+) -> Iterator[Step]:
+    """Adam (Kingma and Ba 2014) on the box of pictures; arguments as of `lbfgs`.
+
+    `lr` is about how far a value, 0 to 1, moves in a step.
+    """
+    solver = optax.adam(lr)
+
+    @jax.jit
+    def update(gradient, state, picture):
+        change, state = solver.update(gradient, state)
+        return jnp.clip(picture + change, 0, 1), state
+
+    state = solver.init(picture)
+    for used in range(1, evaluations + 1):
+        here = evaluate(picture)
+        yield Step(used, picture, _numbers(here)[1])
+        picture, state = update(here.gradient, state, picture)
+
+
+MINIMIZERS = {"lbfgs": lbfgs, "adam": adam}
+
+
+def _numbers(here: Evaluation) -> tuple[float, dict[str, float]]:
+    return float(here.loss), {name: float(term) for name, term in here.terms.items()}
