@@ -23,10 +23,9 @@ import itertools
 import json
 import os
 import shlex
-import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from convnet import cli, decoders, files, inputs, mesh
 from convnet.data.decode import DecodeError
 from convnet.data.resize import Resize
 from convnet.errors import ConvnetError, UsageError
+from convnet.explaining import texts
 from convnet.input_arrays import Wanted
 from convnet.predict_output import shown
 
@@ -47,7 +47,7 @@ _BATCH = 250  # training examples
 
 def define(values: flags.FlagValues, argv: list[str]) -> None:
     """Defines the flags of this app."""
-    texts = {
+    strings = {
         "model": "a model file, a workdir, or the name of a model that ships",
         "output": "the folder that is made",
         "class": "the class to explain; by default the most probable one",
@@ -58,10 +58,13 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
         "train": "folder, with folders in it, of training examples to find the nearest"
         " ones in",
     }
-    for name, text in texts.items():
+    for name, text in strings.items():
         flags.DEFINE_string(name, None, text, flag_values=values)
     flags.DEFINE_list(
-        "methods", None, "what to show, by default all of it", flag_values=values
+        "methods",
+        list(texts.METHODS),
+        "what to show; nearest needs --train or --config",
+        flag_values=values,
     )
     cli.define_config(values, argv)
 
@@ -76,6 +79,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> int:
     for name in ("model", "output"):
         if not values[name].value:
             raise UsageError(f"--{name} is missing (--help shows the usage)")
+    check_methods(values.methods)
     paths = inputs.expand(arguments)
     output = Path(os.path.abspath(os.path.expanduser(values.output)))
     _check_output(output)
@@ -90,7 +94,6 @@ def main(values: flags.FlagValues, arguments: list[str]) -> int:
     from convnet.explaining.answers import Answers
     from convnet.explaining.network import Network
 
-    methods = _methods(values.methods, contents.METHODS)
     bundle = bundle_lib.load(values.model)
     network = Network(bundle)
     answers = Answers(bundle, network.outputs)
@@ -103,11 +106,14 @@ def main(values: flags.FlagValues, arguments: list[str]) -> int:
     wanted = Wanted(network.shape, about["input_dtype"], Resize.of(about))
     collection = _collection(values, train, wanted, bundle)
     names, stored, errors = read(paths, wanted)
+    names, stored = _answered(network, names, stored, errors)
     for path, reason in errors:
         print(f"cannot read {shown(path)}: {shown(reason)}", file=sys.stderr)
 
     def fill(folder: Path) -> None:
-        maker = contents.Contents(network, answers, Album(folder), methods, layer)
+        maker = contents.Contents(
+            network, answers, Album(folder), values.methods, layer
+        )
         found = maker.make(names, stored, index, collection)
         from convnet.explaining import page
 
@@ -134,14 +140,15 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _methods(wanted: list[str] | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    for name in wanted or ():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 3, 0.4) or known
+def check_methods(wanted: Sequence[str]) -> None:
+    """Raises UsageError for a method that there is not; names the nearest."""
+    for name in wanted:
+        if name not in texts.METHODS:
+            near = difflib.get_close_matches(name, texts.METHODS, 3, 0.4)
             raise UsageError(
-                f"--methods={name}: no such method; the nearest are {', '.join(near)}"
+                f"--methods={name}: no such method; the nearest are"
+                f" {', '.join(near or texts.METHODS)}"
             )
-    return tuple(wanted) if wanted is not None else known
 
 
 def _index(name: str | None, at: str | None, answers: Any) -> tuple[int, ...] | None:
@@ -181,6 +188,19 @@ def read(
     return names, stored, errors
 
 
+def _answered(
+    network: Any, names: list[str], stored: np.ndarray, errors: list[tuple[str, str]]
+) -> tuple[list[str], np.ndarray]:
+    """Leaves out what the network has no finite answer to, and adds it to `errors`."""
+    if not names:
+        return names, stored
+    logits = network.logits(network.normalize(stored)).reshape(len(names), -1)
+    good = np.isfinite(logits).all(1)
+    for name in itertools.compress(names, ~good):
+        errors.append((name, "the network's answer is not a number"))
+    return list(itertools.compress(names, good)), stored[good]
+
+
 def _collection(
     values: flags.FlagValues, train: list[str] | None, wanted: Wanted, bundle: Any
 ) -> Any:
@@ -205,11 +225,11 @@ def _about(bundle: Any, layer: str, found: dict[str, Any]) -> Iterator[tuple[str
     yield "Network", bundle.architecture["name"]
     yield "Input", f"{about['input_dtype']}, {shape}"
     yield "Layer of the class activation maps and units", layer
-    steps = {one["steps"] for one in found["examples"] if "steps" in one}
-    if steps:
+    if any("steps" in one for one in found["examples"]):
         yield (
             "Integrated gradients",
-            f"{steps.pop()} steps from the mean of the training data",
+            f"from the mean of the training data, in"
+            f" {max(one['steps'] for one in found['examples'])} steps at most",
         )
 
 
@@ -262,8 +282,12 @@ def write_folder(output: Path, fill: Callable[[Path], None]) -> None:
             fill(new)
             if output.exists():
                 os.rename(output, old)
-            os.rename(new, output)
-            shutil.rmtree(old, ignore_errors=True)
+            try:
+                os.rename(new, output)
+            except OSError:
+                if old.exists():
+                    os.rename(old, output)
+                raise
     except OSError as error:
         raise ConvnetError(
             f"--output={output} cannot be written: {error.strerror or error}"

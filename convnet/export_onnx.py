@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from flax import linen as nn
 
 from convnet.bundle import Bundle
 from convnet.errors import ConvnetError
-from convnet.models import lowering
+from convnet.models import fused, layers, lowering
 
 # ONNX Runtime 1.18 (2024) and later read it.
 _OPSET = 21
@@ -37,8 +39,14 @@ def convert(bundle: Bundle, about: dict[str, Any]) -> bytes:
         return bundle.predict(bundle.variables, inputs)
 
     try:
-        # Without jit, whose calls within calls jax2onnx 0.13 cannot read from JAX 0.12.
-        with _quiet(), _pools(), lowering.plain(), jax.disable_jit():
+        with (
+            _quiet(),
+            _pools(),
+            lowering.plain(),
+            # jax2onnx 0.13 cannot read JAX 0.12's calls of jit within jit.
+            jax.disable_jit(),
+            nn.intercept_methods(_fold),
+        ):
             model = jax2onnx.to_onnx(
                 predict,
                 [wanted],
@@ -110,9 +118,35 @@ def _pools() -> Iterator[None]:
         registry.update(before)
 
 
+def _fold(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    """Batch norm as one factor and one summand a channel, and its ReLU as a Relu.
+
+    ONNX Runtime makes them a part of the convolution before. The variables are arrays
+    here and not traced: they are closed over.
+    """
+    norm = context.module
+    if not isinstance(norm, layers.BatchNorm) or context.method_name != "__call__":
+        return call(*args, **kwargs)
+
+    def read(collection: str, name: str) -> np.ndarray:
+        return np.asarray(norm.get_variable(collection, name), np.float64)
+
+    def fold(x: jax.Array, train: bool, activation: str = "none") -> jax.Array:
+        del train
+        scale = 1 / np.sqrt(read("batch_stats", "var") + norm.epsilon)
+        if norm.use_scale:
+            scale *= read("params", "scale")
+        bias = read("params", "bias") - read("batch_stats", "mean") * scale
+        y = x.astype(np.float32) * np.float32(scale) + np.float32(bias)
+        relu = activation == "relu"
+        y = nn.relu(y) if relu else fused.activate(y, activation)
+        return y.astype(norm.dtype)
+
+    return fold(*args, **kwargs)
+
+
 def _lower_pool(ctx: Any, eqn: Any) -> None:
     """Adds MaxPool, or AveragePool times its window, between two transpositions."""
-    import numpy as np
     import onnx_ir as ir
 
     window, stride = eqn.params["window_dimensions"], eqn.params["window_strides"]

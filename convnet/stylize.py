@@ -2,7 +2,7 @@
 
 usage: python -m convnet.stylize --content=IMG --style=IMG --output=IMG [--model=M]
            [--size=256] [--steps=300] [--optimizer=lbfgs] [--start=content]
-           [--content_weight=1] [--style_weight=10] [--tv_weight=0.1]
+           [--content_weight=1] [--style_weight=10] [--tv_weight=10]
            [--content_layers=TAP,...] [--style_layers=TAP,...] [--preserve_colour]
            [--every=N] [--seed=0]
 
@@ -17,6 +17,7 @@ was written.
 """
 
 import time
+import warnings
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -73,7 +74,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     choice("start", "content", ["content", "noise", "style"], "the first picture")
     number("content_weight", 1.0, "what the content counts")
     number("style_weight", 10.0, "what the style counts")
-    number("tv_weight", 0.1, "what differences between neighbours count: smoothness")
+    number("tv_weight", 10.0, "what differences between neighbours count: smoothness")
     flags.DEFINE_bool(
         "relative",
         True,
@@ -87,7 +88,8 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
         "pool",
         "trained",
         ["trained", "max", "average"],
-        "the network's pools, where it lets choose; average makes pictures smoother",
+        "the network's pools, where it lets choose; average makes pictures smoother,"
+        " but is not for networks with batch normalisation",
     )
     flags.DEFINE_bool(
         "preserve_colour",
@@ -120,6 +122,8 @@ def main(values: flags.FlagValues) -> None:
         if not values[name].value:
             raise UsageError(f"--{name} is missing (--help shows the usage)")
     mesh.start("auto")
+    # XLA cannot store programs that call oneDNN; they are compiled each time.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation")
     # After `start`, because these bring JAX up.
     from convnet.style import features as features_lib
     from convnet.style import pictures, transfer

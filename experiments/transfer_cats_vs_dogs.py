@@ -1,4 +1,11 @@
-"""Cats against dogs, from the model that ships: all of it goes on learning."""
+"""Cats against dogs, from the model that ships: all of it goes on learning.
+
+    python -m convnet.main --config=experiments/transfer_cats_vs_dogs.py \
+        --config.data.dir=DIR
+
+DIR holds train and test, each with cats and dogs: 2,000 and 1,000 photographs of the
+Asirra set.
+"""
 
 from convnet import config as config_lib
 

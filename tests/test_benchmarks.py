@@ -50,6 +50,7 @@ COMMANDS = {
         *("--depths=", "--batch=4", "--repeats=1"),
     ],
     "startup": ["--batch=4", "--repeats=1"],
+    "stylize": ["--size=32", "--evaluations=3", "--layers=tutorial", "--repeats=1"],
     "time_to_accuracy": ["--seeds=1", "--targets=90,100.5"],
 }
 
@@ -129,6 +130,12 @@ def test_phases_of_a_start_make_up_its_total(runs):
         )
         assert len(phases) == 6
         assert sum(phases) == pytest.approx(total, rel=1e-6)
+
+
+def test_a_transfer_is_measured_from_its_start_to_its_end(runs):
+    found = numbers(runs["stylize"][0])
+    assert list(found)[:2] == ["noise/content", "noise/style"]
+    assert list(found)[2:] == ["loss after 3 evaluations", "evaluation"]
 
 
 def test_time_to_accuracy_reaches_what_can_be_reached(runs):

@@ -218,12 +218,12 @@ def test_flags_say_what_the_file_does_not(tmp_path, alone):
 def test_what_does_not_fit_is_listed_and_nothing_is_written(vgg, tmp_path, alone):
     output = tmp_path / "m.safetensors"
     tensors = load_file(vgg)
-    tensors["fc.bias"] = tensors.pop("classifier.6.bias")
+    tensors["conv2.bias"] = tensors.pop("features.3.bias")
     save_file(tensors, vgg)
     given = ("--from=torchvision", f"--weights={vgg}", f"--output={output}")
     with pytest.raises(ConvnetError) as error:
         run(*given)
-    assert re.search(r"classifier.6.bias *\| fc.bias", str(error.value))
+    assert re.search(r"features.3.bias *\| conv2.bias", str(error.value))
     assert not output.exists()
     run(*given, "--allow_missing", "--allow_unexpected")
     assert bundle_lib.load(output).provenance["compared"]["with"] is None

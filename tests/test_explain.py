@@ -18,7 +18,7 @@ from scipy.special import softmax
 from convnet import bundle as bundle_lib
 from convnet import cli, explain, models
 from convnet.errors import ConvnetError, UsageError
-from convnet.explaining import contents, study
+from convnet.explaining import contents, study, texts
 
 CLASSES = ("cat", "<b>dog</b>", "bird")
 SIZE = 16
@@ -150,8 +150,8 @@ def test_a_page_of_everything_for_good_and_broken_pictures(model, pictures, tmp_
     )
     # The picture itself lies in the training folder: nothing is nearer.
     assert "some/0.png" in text and "similarity 1.000" in text
-    assert set(data["seconds"]) == {"answers", *contents.METHODS}
-    # (4 - 1) + (2 - 1) for a 3x3 convolution, a pool, a 3x3 convolution behind it.
+    assert set(data["seconds"]) == {"answers", *texts.METHODS}
+    # A convolution sees 3, the pool behind it 4, and the next one 2 more either side.
     assert data["receptive_fields"]["base/block2/conv1"] == "8×8"
 
 
@@ -253,7 +253,7 @@ def test_of_a_series_the_part_that_decides_is_found(tmp_path, capsys):
         "base/block1/relu1": "3",
     }
     network, answers, x = studied(bundle, series)
-    targets = [answers.target(answers.named("up"))] * 2
+    targets = [answers.target(answers.named("down"))] * 2
     found = study.Study(network, answers, x, "base/block1/relu1")
     for method in ("integrated_gradients", "smooth_grad", "guided_backprop"):
         heat = np.abs(found.run(method, targets).heat)
@@ -284,13 +284,15 @@ def test_of_a_forecast_the_past_places_that_matter_are_found(tmp_path):
     bundle = make_bundle(options, shape, "float32", (), 1)
     bundle_lib.save(tmp_path / "m.safetensors", bundle)
     maps = np.random.default_rng(0).standard_normal((1, *shape)).astype(np.float32)
-    np.savez(tmp_path / "maps.npz", inputs=maps)
+    huge = np.full_like(maps, 3e38)  # too large for the network's answer to be a number
+    np.savez(tmp_path / "maps.npz", inputs=np.concatenate([maps, huge]))
     output = tmp_path / "out"
     run(f"--model={tmp_path / 'm.safetensors'}", tmp_path / "maps.npz",
         f"--output={output}", "--at=0,9",
         "--methods=integrated_gradients,feature_maps,receptive_field")  # fmt: skip
     _, data = read(output)
-    row = data["inputs"][0]
+    row, bad = data["inputs"]
+    assert bad["path"].endswith("#1") and "not a number" in bad["error"]
     assert row["explained"] == "place 0, 9"
     network, answers, x = studied(bundle, maps)
     forecast = bundle.model().apply(bundle.variables, maps)[0, 0, 9, 0]

@@ -12,6 +12,8 @@ def test_cifar10(shared_data):
     model = bundle.load("cifar10")
     assert model.provenance["command"].startswith("python -m convnet.main --config=")
     assert model.classes[3] == "cat"
+    assert model.views == "flip_translate"
+    assert model.provenance["result"]["test/accuracy"] >= 0.91
     with np.load(shared_data / "convnetjs_cifar10/images_0.npz") as found:
         images, labels = found["images"], found["labels"]
     probabilities = np.asarray(model.predict_fn("float32", "none")(images[:200]))

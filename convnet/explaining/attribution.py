@@ -18,7 +18,10 @@ from convnet.explaining import layers
 Gradient = Callable[[np.ndarray, np.ndarray], np.ndarray]
 _STEPS = 32  # of the first try of integrated gradients
 _MOST_STEPS = 1024
-_POINTS = 1024  # inputs made at once, to bound memory
+# By the number of axes: a window's share of a side, and strides in a window. One axis
+# is cheap, four are dear.
+_WINDOWS = {1: (6, 4), 2: (6, 2), 3: (8, 2), 4: (4, 1)}
+_NUMBERS = 1 << 24  # in the inputs made at once, to bound memory
 
 
 def grad_cam(activations: np.ndarray, gradients: np.ndarray) -> np.ndarray:
@@ -94,11 +97,12 @@ def integrated_gradients(
     x: np.ndarray,
     baseline: np.ndarray,
     tolerance: float = 0.005,
-) -> tuple[np.ndarray, np.ndarray, int]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sundararajan, Taly and Yan 2017, arXiv:1703.01365.
 
     The gradient is averaged along the straight line from `baseline` to `x`, at the
-    middles of equal steps, whose number doubles until the attributions are complete.
+    middles of equal steps, whose number doubles for the inputs whose attributions are
+    not complete yet.
 
     Args:
       gradient: see above.
@@ -109,28 +113,41 @@ def integrated_gradients(
 
     Returns:
       Attributions of the shape of `x`; the error of completeness (n,), by how much
-      their sum misses score(x) - score(baseline), relative to it; the steps taken.
+      their sum misses score(x) - score(baseline), relative to it; the steps (n,).
     """
     baseline = np.broadcast_to(baseline, x.shape)
-    path = x - baseline
     wanted = score(x) - score(baseline)
-    steps = _STEPS
-    while True:
-        total = np.zeros(x.shape, np.float64)
-        at_once = max(1, _POINTS // len(x))
-        for first in range(0, steps, at_once):
-            places = (np.arange(first, min(first + at_once, steps)) + 0.5) / steps
-            places = places.astype(np.float32).reshape(-1, *[1] * x.ndim)
-            points = (baseline + places * path).reshape(-1, *x.shape[1:])
-            rows = np.tile(np.arange(len(x)), len(places))
-            slopes = gradient(points, rows).reshape(len(places), *x.shape)
-            total += slopes.sum(0, dtype=np.float64)
-        found = path * (total / steps)
-        missed = np.abs(found.reshape(len(x), -1).sum(1) - wanted)
-        error = missed / np.maximum(np.abs(wanted), 1e-6)
-        if error.max() <= tolerance or steps >= _MOST_STEPS:
-            return found.astype(np.float32), error, steps
-        steps *= 2
+    found = np.zeros(x.shape, np.float32)
+    error, taken = np.full(len(x), np.inf), np.zeros(len(x), np.int64)
+    steps, left = _STEPS, np.arange(len(x))
+    while len(left) and steps <= _MOST_STEPS:
+        path = x[left] - baseline[left]
+        mean = _mean_along(gradient, baseline[left], path, left, steps)
+        found[left] = path * mean
+        missed = np.abs((path * mean).reshape(len(left), -1).sum(1) - wanted[left])
+        error[left] = missed / np.maximum(np.abs(wanted[left]), 1e-6)
+        taken[left] = steps
+        steps, left = 2 * steps, left[error[left] > tolerance]
+    return found, error, taken
+
+
+def _mean_along(
+    gradient: Gradient,
+    start: np.ndarray,
+    path: np.ndarray,
+    rows: np.ndarray,
+    steps: int,
+) -> np.ndarray:
+    """The mean gradient on the way from `start` to `start + path`, in float64."""
+    total = np.zeros(start.shape, np.float64)
+    at_once = max(1, _NUMBERS // start.size)
+    for first in range(0, steps, at_once):
+        places = (np.arange(first, min(first + at_once, steps)) + 0.5) / steps
+        places = places.astype(np.float32).reshape(-1, *[1] * start.ndim)
+        points = (start + places * path).reshape(-1, *start.shape[1:])
+        slopes = gradient(points, np.tile(rows, len(places)))
+        total += slopes.reshape(len(places), *start.shape).sum(0, dtype=np.float64)
+    return total / steps
 
 
 def smooth_grad(
@@ -149,7 +166,7 @@ def smooth_grad(
     total = np.zeros(x.shape, np.float64)
     axes = tuple(range(1, x.ndim))
     scale = noise * (x.max(axes, keepdims=True) - x.min(axes, keepdims=True))
-    at_once = max(1, _POINTS // len(x))
+    at_once = max(1, _NUMBERS // x.size)
     for first in range(0, samples, at_once):
         count = min(at_once, samples - first)
         draws = rng.standard_normal((count, *x.shape), np.float32)
@@ -183,7 +200,7 @@ def occlusion(
     boxes = list(windows(spatial, window, stride))
     whole = answer(x, np.arange(len(x)))
     total, count = np.zeros(x.shape[:-1]), np.zeros(spatial)
-    at_once = max(1, _POINTS // len(x))
+    at_once = max(1, _NUMBERS // x.size)
     for first in range(0, len(boxes), at_once):
         part = boxes[first : first + at_once]
         points = np.tile(x, (len(part), *[1] * (x.ndim - 1)))
@@ -211,10 +228,9 @@ def windows(
 
 
 def occlusion_windows(
-    spatial: Sequence[int], share: int = 6
+    spatial: Sequence[int],
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Returns window and stride: a sixth of each side (or `share`), overlapping."""
+    """Returns window and stride that suit a network's input: about a sixth of it."""
+    share, parts = _WINDOWS[len(spatial)]
     window = tuple(max(1, round(side / share)) for side in spatial)
-    # One axis is cheap, four are dear.
-    parts = {1: 4, 2: 2}.get(len(spatial), 1)
     return window, tuple(max(1, math.ceil(size / parts)) for size in window)

@@ -15,14 +15,6 @@ from convnet.explaining.album import Album
 from convnet.explaining.answers import Answers, Target
 from convnet.explaining.network import Network
 
-METHODS = (
-    *study.METHODS,
-    "nearest",
-    "feature_maps",
-    "filters",
-    "receptive_field",
-    "optimized",
-)
 TOP = 5  # classes whose probability is shown
 NEAREST = 6  # training examples
 
@@ -62,7 +54,7 @@ class Contents:
     Args:
       network, answers: of one model file.
       album: takes the drawings.
-      methods: those of `METHODS` that are wanted.
+      methods: those of `texts.METHODS` that are wanted.
       layer: the tap for class activation maps and units.
     """
 
@@ -75,7 +67,11 @@ class Contents:
         layer: str,
     ) -> None:
         self._network, self._answers, self._album = network, answers, album
-        self._methods, self._layer = methods, layer
+        self._methods, self._layer = list(methods), layer
+        if len(network.outputs) > 1:
+            # They average the gradient over all places: of an answer for one place
+            # they would say nothing.
+            self._methods = [m for m in methods if not m.startswith("grad_cam")]
         about = network.bundle.preprocessing
         self._this = texts.THIS[drawing.kind(network.shape, about["input_dtype"])]
         maps = layers.maps(network.shapes, network.rank)
@@ -149,7 +145,7 @@ class Contents:
                     example["why"].append(panel)
                     if finding.errors is not None:
                         example["completeness_error"] = float(finding.errors[row])
-                        example["steps"] = finding.steps
+                        example["steps"] = int(finding.steps[row])
         if "grad_cam" in self._methods and len(self._answers.labels) > 2:
             self._classes(studied, logits, stored, examples, folders)
         if "feature_maps" in self._methods:

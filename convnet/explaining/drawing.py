@@ -86,9 +86,8 @@ def sheet(maps: np.ndarray, signed: bool, columns: int) -> np.ndarray:
         return _repeat(rows, _STRIP, max(1, 2 * SIDE // rows.shape[1]))
     while maps.ndim > 3:
         maps = maps[-1]
-    side = max(1, SIDE // columns // max(maps.shape[:2]))
     drawn = coloured(np.moveaxis(maps, -1, 0), colours, *limits)
-    return tiles([_repeat(one, side, side) for one in drawn], columns)
+    return tiles(drawn, columns, SIDE // columns)
 
 
 def filters(kernel: np.ndarray) -> np.ndarray:
@@ -110,8 +109,7 @@ def filters(kernel: np.ndarray) -> np.ndarray:
         flat = np.moveaxis(kernel, -1, 0).reshape(features, *window, c)
         flat = np.moveaxis(flat, -1, 1).reshape(-1, *window[-2:])
         drawn = coloured(flat, "RdBu_r", -limit, limit)
-    side = max(4, 36 // max(window))
-    return tiles([_repeat(one, side, side) for one in drawn], 12)
+    return tiles(drawn, 12, 48)
 
 
 def forecast(answer: np.ndarray, place: Sequence[int]) -> np.ndarray:
@@ -140,10 +138,12 @@ def box(picture: np.ndarray, box: Sequence[slice], spatial: Sequence[int]) -> No
         picture[top : bottom + 1, [left + offset, right - offset]] = _FRAME
 
 
-def tiles(pictures: Sequence[np.ndarray], columns: int = 4) -> np.ndarray:
-    """Lays pictures of one size, uint8 (h, w, 3), out in rows."""
-    side = max(1, SIDE // 2 // max(pictures[0].shape[:2]))
-    pictures = [_repeat(one, side, side) for one in pictures]
+def tiles(
+    pictures: Sequence[np.ndarray], columns: int = 4, side: int = 160
+) -> np.ndarray:
+    """Lays pictures of one size, uint8 (h, w, 3), out in rows, each about `side`."""
+    times = max(1, round(side / max(pictures[0].shape[:2])))
+    pictures = [_repeat(one, times, times) for one in pictures]
     h, w, _ = pictures[0].shape
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)

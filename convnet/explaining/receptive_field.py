@@ -22,7 +22,8 @@ class ReceptiveField:
     """Of a feature map; one number for each spatial axis.
 
     Unit i of the map depends on the places from `start + i * step` to
-    `start + i * step + size - 1` of the input, as far as these are in it.
+    `start + i * step + size - 1` of the input, as far as these are in it. (Places at
+    the end that strides leave over count, though no unit depends on them.)
     """
 
     size: tuple[int, ...]

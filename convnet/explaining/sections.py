@@ -59,10 +59,15 @@ def attribution(
     what = drawing.kind(stored.shape[1:], str(stored.dtype))
     panels = []
     for row, target in enumerate(targets):
-        note = texts.QUESTIONS[method].format(label=target.label, this=texts.THIS[what])
+        note = texts.QUESTIONS[method].format(
+            label=target.label,
+            this=texts.THIS[what],
+            bright=texts.BRIGHT[what],
+        )
         heat = finding.heat[row]
         if finding.errors is not None:
-            note += f" All shares add up to the score, but for {_share(finding, row)}."
+            share = 100 * float(finding.errors[row])
+            note += f" All shares add up to the score, but for {share:.2g} %."
         if method == "guided_backprop":
             drawn = drawing.gradient(finding.values[row], stored[row])
         elif method in ("integrated_gradients", "smooth_grad"):
@@ -72,10 +77,6 @@ def attribution(
         name = f"{folders[row]}/{method}"
         panels.append(album.add(name, drawn, texts.TITLES[method], note))
     return panels
-
-
-def _share(finding: Finding, row: int) -> str:
-    return f"{100 * float(finding.errors[row]):.2g} %"
 
 
 def feature_maps(

@@ -5,18 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from convnet.explaining import attribution
+from convnet.explaining import attribution, texts
 from convnet.explaining.answers import Answers, Target
 from convnet.explaining.network import Network
 
-METHODS = (
-    "grad_cam",
-    "grad_cam++",
-    "occlusion",
-    "integrated_gradients",
-    "smooth_grad",
-    "guided_backprop",
-)
+METHODS = tuple(texts.TITLES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +21,14 @@ class Finding:
       signed: whether negative values speak against the answer.
       values: float32 (n, *spatial, c), by channel, of the methods that look at pixels.
       errors: of completeness, (n,), of integrated gradients.
-      steps: of integrated gradients.
+      steps: of integrated gradients, (n,).
     """
 
     heat: np.ndarray
     signed: bool
     values: np.ndarray | None = None
     errors: np.ndarray | None = None
-    steps: int = 0
+    steps: np.ndarray | None = None
 
 
 class Study:

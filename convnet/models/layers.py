@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from convnet.models import fused, lowering
+from convnet.models import depthwise, fused, lowering
 from convnet.models.intermediates import tap, tapped
 
 Array = jax.Array
@@ -50,6 +50,8 @@ def convolve(
         pads = [(padding, padding)] * rank
     else:
         pads = lax.padtype_to_pads(x.shape[1:-1], size, stride, padding)
+    if groups == x.shape[-1] == kernel.shape[-1] and lowering.on_cpu():
+        return depthwise.convolve(x, kernel, stride, tuple(map(tuple, pads)))
     if rank == 2 and groups == 1:
         return lowering.convolve2d(x, kernel, stride, pads)
     if rank <= 3:

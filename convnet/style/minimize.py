@@ -6,6 +6,7 @@ many times slower on a CPU.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -38,9 +39,10 @@ def lbfgs(
 ) -> Iterator[Step]:
     """L-BFGS (Optax's) on the box of pictures, with a backtracking line search.
 
-    A trial is clipped to the box, and taken if it lowers the loss sufficiently; usually
-    the first is. Where the direction leads nowhere, the memory is dropped and the
-    search starts again from the gradient.
+    Values at a bound that the gradient pushes outwards are left out of the direction
+    (Bertsekas 1982, "Projected Newton methods"). A trial is clipped to the box, and
+    taken if it lowers the loss sufficiently; usually the first is. Where the direction
+    leads nowhere, the memory is dropped and the search starts again from the gradient.
 
     Args:
       evaluate: the objective.
@@ -52,13 +54,24 @@ def lbfgs(
       A step after each evaluation.
     """
     solver = optax.scale_by_lbfgs(memory)
-    direction = jax.jit(solver.update, donate_argnums=1)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def direction(state, gradient, picture):
+        low, high = (picture <= 0) & (gradient > 0), (picture >= 1) & (gradient < 0)
+        held = jnp.where(low | high, gradient, 0)
+        # Both ends of the difference that Optax keeps are without what is held: the
+        # pair is that of the whole gradients.
+        state = state._replace(updates=state.updates - held)
+        along, state = solver.update(gradient - held, state, picture)
+        along = jnp.where(low | high, 0, along)
+        return along, state._replace(updates=jnp.copy(gradient))
+
     state, fresh = jax.jit(solver.init)(picture), True
     here, used = evaluate(picture), 1
     loss, terms = _numbers(here)
     yield Step(used, picture, terms)
     while used < evaluations:
-        along, state = direction(here.gradient, state, picture)
+        along, state = direction(state, here.gradient, picture)
         change = _FIRST_CHANGE / max(float(jnp.mean(jnp.abs(along))), 1e-30)
         length, accepted = change if fresh else 1.0, False
         for _ in range(_MOST_TRIALS):

@@ -222,8 +222,8 @@ def _mask(tile: Tile, shape: tuple[int, int], stride: int) -> np.ndarray:
     """1 at the places of a map (h', w', 1) that belong to a tile's core, else 0."""
     inside = []
     for start, (low, high), side in zip(tile.start, tile.core, shape, strict=True):
-        places = start // stride + np.arange(side)
-        inside.append((places >= low // stride) & (places < (high or np.inf) // stride))
+        places = start + stride * np.arange(side)
+        inside.append((places >= low) & (places < (np.inf if high is None else high)))
     return np.outer(*inside)[..., None].astype(np.float32)
 
 
