@@ -179,6 +179,7 @@ def save(path: Path, bundle: Bundle, storage: str = "float32") -> None:
         metadata = bundle_metadata.pack(about, Probe.of(stored.probe()))
     except (TypeError, ValueError) as error:
         raise ConvnetError(f"{path} cannot be written: {error}") from error
+    metadata[tensorfile.SEAL] = tensorfile.seal(metadata, sorted(tensors.items()))
     write(path, safetensors.numpy.save(tensors, metadata))
 
 
@@ -248,6 +249,25 @@ def load(name: str | Path) -> Bundle:
             f" {_PROBE_TOLERANCE:g} is allowed: the weights are not those saved"
         )
     return bundle
+
+
+def is_sealed(path: Path) -> bool | None:
+    """Whether a model file is, to the last bit, what was saved; None: it does not say.
+
+    Raises:
+      ValueError: it is no safetensors file.
+      OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        table = tensorfile.read_table(file)
+        if tensorfile.SEAL not in table.metadata:
+            return None
+        tensors = (
+            (name, tensorfile.read(file, entry))
+            for name, entry in sorted(table.tensors.items())
+        )
+        seal = tensorfile.seal(table.metadata, tensors)
+    return seal == table.metadata[tensorfile.SEAL]
 
 
 def configure(config: ml_collections.ConfigDict, bundle: Bundle) -> None:

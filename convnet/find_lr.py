@@ -149,7 +149,7 @@ def analyse(rates: np.ndarray, losses: np.ndarray) -> Found:
     slope = np.gradient(smoothed)
     steep = int(slope[: bottom + 1].argmin())
     suggestion = None
-    if smoothed[bottom] < (1 - _LEAST_FALL) * start:
+    if smoothed[bottom] < (1 - _LEAST_FALL) * smoothed[0]:
         suggestion = float(f"{_SHARE * rates[bottom]:.2g}")
     return Found(
         rates,

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def start(compilation_cache: str) -> None:
     if compilation_cache == "auto":
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         folder = Path(base).expanduser() / "convnet" / "compiled"
+    # On a CPU XLA cannot store programs that call oneDNN: these are compiled each time.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

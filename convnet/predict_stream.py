@@ -5,7 +5,6 @@ import itertools
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -84,10 +83,7 @@ def predict(
     device = ThreadPoolExecutor(1, "device")
     with decoders, device:
         start = time.perf_counter()
-        with warnings.catch_warnings():
-            # XLA cannot store programs that call oneDNN; they are compiled each time.
-            warnings.filterwarnings("ignore", "Error writing persistent compilation")
-            np.asarray(network(np.zeros((size, *wanted.shape), wanted.dtype)))
+        np.asarray(network(np.zeros((size, *wanted.shape), wanted.dtype)))
         ready = time.perf_counter()
         times.setup += ready - start
         batches = chunks(itertools.chain(head, records), size)

@@ -16,7 +16,6 @@ Ctrl-C and SIGTERM: no new connection, what has been received is answered, for a
 
 import ipaddress
 import socket
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +125,6 @@ def main(values: flags.FlagValues) -> None:
                 timeout_graceful_shutdown=_DRAIN_SECONDS,
             )
         )
-        # XLA cannot store programs that call oneDNN; they are compiled each time.
-        warnings.filterwarnings("ignore", "Error writing persistent compilation")
         _listen(listener, values.host, values.port)
         _announce(listener)
         try:

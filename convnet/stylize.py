@@ -17,7 +17,6 @@ was written.
 """
 
 import time
-import warnings
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -122,8 +121,6 @@ def main(values: flags.FlagValues) -> None:
         if not values[name].value:
             raise UsageError(f"--{name} is missing (--help shows the usage)")
     mesh.start("auto")
-    # XLA cannot store programs that call oneDNN; they are compiled each time.
-    warnings.filterwarnings("ignore", "Error writing persistent compilation")
     # After `start`, because these bring JAX up.
     from convnet.style import features as features_lib
     from convnet.style import pictures, transfer

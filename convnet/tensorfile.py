@@ -6,10 +6,11 @@ that does not lie in the file, and no code in a file is ever run.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
 
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ import numpy as np
 
 # A parsed header takes some twenty times its length.
 MOST_HEADER = 4 * 2**20
+# The entry of the metadata that holds the `seal`.
+SEAL = "sha256"
 _MOST_TENSORS = 10_000
 
 _DTYPES = {
@@ -108,6 +111,22 @@ def read(file: BinaryIO, entry: Entry) -> np.ndarray:
     file.seek(entry.start)
     values = np.fromfile(file, entry.dtype, math.prod(entry.shape))
     return values.reshape(entry.shape)
+
+
+def seal(metadata: Mapping[str, str], tensors: Iterable[tuple[str, np.ndarray]]) -> str:
+    """Returns the SHA-256 of all that a file says and holds, but of the seal itself.
+
+    Args:
+      metadata: of the file; its entry `SEAL` is left out.
+      tensors: names and values, in any order that is always the same.
+    """
+    said = {name: text for name, text in metadata.items() if name != SEAL}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name, values in tensors:
+        about = [name, str(values.dtype), list(values.shape)]
+        digest.update(json.dumps(about).encode())
+        digest.update(np.ascontiguousarray(values).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def parse_json(text: str | bytes, what: str) -> dict[str, Any]:

@@ -93,9 +93,14 @@ def verify_model(findings: Findings, name: str | Path) -> Any:
     except ConvnetError as error:
         findings.add("model file", False, str(error))
         return None
-    findings.add(
-        "model file", True, f"{path.name} is whole and gives its probe's logits"
-    )
+    # `load` lets pass what no prediction depends on.
+    sealed = bundle_lib.is_sealed(path)
+    says = {
+        True: "is what was saved, to the last bit, and gives its probe's logits",
+        False: "gives its probe's logits, but was changed after it was saved",
+        None: "gives its probe's logits (it holds no hash of itself)",
+    }
+    findings.add("model file", sealed is not False, f"{path.name} {says[sealed]}")
     return bundle
 
 

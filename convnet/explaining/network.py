@@ -5,7 +5,6 @@ CPU a loop inside a compiled program would be many times slower.
 """
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -198,10 +197,7 @@ class Network:
             missing = size - len(array)
             return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
 
-        with warnings.catch_warnings():
-            # XLA cannot store programs that call oneDNN; they are compiled each time.
-            warnings.filterwarnings("ignore", "Error writing persistent compilation")
-            for start in range(0, count, size):
-                batch = jax.tree.map(lambda a, s=start: part(a, s), arrays)
-                parts.append(jax.device_get(program(self._variables, *batch)))
+        for start in range(0, count, size):
+            batch = jax.tree.map(lambda a, s=start: part(a, s), arrays)
+            parts.append(jax.device_get(program(self._variables, *batch)))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)

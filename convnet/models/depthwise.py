@@ -5,6 +5,7 @@ of 470 for 16 maps of 56x56x144 and 3x3, the gradients included 0.34 s in that o
 """
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -12,7 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from convnet.models import lowering
+
 Pads = Sequence[tuple[int, int]]
+
+# Each place of a kernel is a product to compile: 7x7 are many, 7x7x7 too many.
+_MOST_PLACES = 64
+
+
+def pays(window: Sequence[int]) -> bool:
+    """Whether this is the form to take for a kernel of `window` places per axis."""
+    return lowering.on_cpu() and math.prod(window) <= _MOST_PLACES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -50,7 +50,7 @@ def convolve(
         pads = [(padding, padding)] * rank
     else:
         pads = lax.padtype_to_pads(x.shape[1:-1], size, stride, padding)
-    if groups == x.shape[-1] == kernel.shape[-1] and lowering.on_cpu():
+    if groups == x.shape[-1] == kernel.shape[-1] and depthwise.pays(size):
         return depthwise.convolve(x, kernel, stride, tuple(map(tuple, pads)))
     if rank == 2 and groups == 1:
         return lowering.convolve2d(x, kernel, stride, pads)
