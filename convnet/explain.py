@@ -106,7 +106,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> int:
     wanted = Wanted(network.shape, about["input_dtype"], Resize.of(about))
     collection = _collection(values, train, wanted, bundle)
     names, stored, errors = read(paths, wanted)
-    names, stored = _answered(network, names, stored, errors)
+    names, stored = answered(network, names, stored, errors)
     for path, reason in errors:
         print(f"cannot read {shown(path)}: {shown(reason)}", file=sys.stderr)
 
@@ -188,7 +188,7 @@ def read(
     return names, stored, errors
 
 
-def _answered(
+def answered(
     network: Any, names: list[str], stored: np.ndarray, errors: list[tuple[str, str]]
 ) -> tuple[list[str], np.ndarray]:
     """Leaves out what the network has no finite answer to, and adds it to `errors`."""
