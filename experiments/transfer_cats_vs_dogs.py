@@ -4,7 +4,10 @@
         --config.data.dir=DIR
 
 DIR holds train and test, each with cats and dogs: 2,000 and 1,000 photographs of the
-Asirra set.
+Asirra set. 2 CPU cores, Python 3.13: 93.6 % of the test images (95 % interval 91.9 to
+95.0), 3.0 minutes. The same network, recipe and budget from scratch
+(--config.init_from= --config.transfer.lr_scales= --config.model.name=speednet): 86.3 %
+(84.0 to 88.3).
 """
 
 from convnet import config as config_lib
