@@ -72,16 +72,15 @@ class ConvBlock(nn.Module):
                 dtype=self.dtype,
                 name=f"conv{i}",
             )
-            x = tapped(self, conv, x)
             if self.norm == "batch":
                 norm = layers.BatchNorm(
                     self.bn_momentum, dtype=self.dtype, name=f"norm{i}"
                 )
-                x = layers.normalize_and_activate(
-                    self, norm, x, train, "relu", f"relu{i}"
+                x = layers.convolve_and_normalize(
+                    self, conv, norm, x, train, "relu", f"relu{i}"
                 )
             else:
-                x = tap(self, f"relu{i}", nn.relu(x))
+                x = tap(self, f"relu{i}", nn.relu(tapped(self, conv, x)))
         if self.pool == "none":
             return x
         try:

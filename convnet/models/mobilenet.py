@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from convnet.models import layers, pooling
-from convnet.models.intermediates import tap, tapped
+from convnet.models.intermediates import tap
 from convnet.models.layers import Array, Dtype
 
 # Table 2 of the paper: expansion, features, blocks, stride of the first.
@@ -79,9 +79,10 @@ class Unit(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         pad = {} if self.kernel > 1 else {"padding": 0}
         conv = self.conv(self.features, self.kernel, self.stride, name="conv", **pad)
-        x = tapped(self, conv, x)
         norm = self.norm(name="norm")
-        return layers.normalize_and_activate(self, norm, x, train, "relu6", "relu")
+        return layers.convolve_and_normalize(
+            self, conv, norm, x, train, "relu6", "relu"
+        )
 
 
 class Stage(nn.Module):
@@ -123,14 +124,10 @@ class InvertedResidual(nn.Module):
             del plan[0]
         y = x
         for i, about in enumerate(plan, 1):
-            y = tapped(self, self.conv(**about, name=f"conv{i}"), y)
+            conv = self.conv(**about, name=f"conv{i}")
             norm = self.norm(name=f"norm{i}")
-            if i < len(plan):
-                y = layers.normalize_and_activate(
-                    self, norm, y, train, "relu6", f"relu{i}"
-                )
-            else:
-                y = tapped(self, norm, y, train)
+            activated = ("relu6", f"relu{i}") if i < len(plan) else ()
+            y = layers.convolve_and_normalize(self, conv, norm, y, train, *activated)
         return tap(self, "add", x + y) if x.shape == y.shape else y
 
 

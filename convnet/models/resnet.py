@@ -67,9 +67,9 @@ class Stem(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         kernel, stride = (7, 2) if self.kind == "imagenet" else (3, 1)
-        x = tapped(self, self.conv(self.width, kernel, stride, name="conv"), x)
+        conv = self.conv(self.width, kernel, stride, name="conv")
         norm = self.norm(name="norm")
-        x = layers.normalize_and_activate(self, norm, x, train, "relu", "relu")
+        x = layers.convolve_and_normalize(self, conv, norm, x, train, "relu", "relu")
         if self.kind == "imagenet":
             x = tap(self, "pool", pooling.max_pool(x, 3, stride=2, padding=1))
         return x
@@ -111,21 +111,19 @@ class ResidualBlock(nn.Module):
         if self.bottleneck:
             first, second = (s, 1) if self.stride_first else (1, s)
             plan = [(w, 1, first), (w, 3, second), (4 * w, 1, 1)]
-        y = x
+        y, both = x, layers.convolve_and_normalize
         for i, (features, kernel, stride) in enumerate(plan, 1):
-            y = tapped(self, self.conv(features, kernel, stride, name=f"conv{i}"), y)
+            conv = self.conv(features, kernel, stride, name=f"conv{i}")
             if i < len(plan):
                 norm = self.norm(name=f"norm{i}")
-                y = layers.normalize_and_activate(
-                    self, norm, y, train, "relu", f"relu{i}"
-                )
+                y = both(self, conv, norm, y, train, "relu", f"relu{i}")
             else:
                 zero = nn.initializers.zeros
                 norm = self.norm(scale_init=zero, name=f"norm{i}")
-                y = tapped(self, norm, y, train)
+                y = both(self, conv, norm, y, train)
         if x.shape != y.shape:
-            x = tapped(self, self.conv(y.shape[-1], 1, s, name="shortcut_conv"), x)
-            x = tapped(self, self.norm(name="shortcut_norm"), x, train)
+            conv = self.conv(y.shape[-1], 1, s, name="shortcut_conv")
+            x = both(self, conv, self.norm(name="shortcut_norm"), x, train)
         return tap(self, "relu", nn.relu(tap(self, "add", x + y)))
 
 
