@@ -17,7 +17,7 @@ TUTORIAL = Path(__file__).parent / "tutorial.ipynb"
 _VOLATILE = ("execution", "collapsed", "scrolled")
 
 
-def execute(path: Path, seconds: int = 600) -> nbformat.NotebookNode:
+def execute(path: Path, seconds: int = 1800) -> nbformat.NotebookNode:
     """Returns the notebook with the outputs of a fresh run.
 
     Raises:
