@@ -6,6 +6,7 @@ unset CDPATH
 python=$("$(dirname "$0")/setup.sh" docs)
 unset PYTHONHOME
 cd "$(dirname "$0")/.."
+# Not --quiet: what is not shown is not counted, and no error.
 # The theme advertises its successor on each run, in the words of a warning.
 export NO_MKDOCS_2_WARNING=1
-exec "$python" -m mkdocs build --strict --quiet "$@"
+exec "$python" -m mkdocs build --strict "$@"

@@ -2,9 +2,13 @@
 
 import importlib
 import json
+import os
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,3 +69,45 @@ def test_from_the_csv_file_to_a_trained_model(tmp_path, monkeypatch, capsys):
     assert result["test/examples"] == 60 and result["test/accuracy"] > 0.9
     about = json.loads(Path("run/config.json").read_text())
     assert about["data"]["name"] == "arrays"
+
+
+def build(folder, text=""):
+    """Builds a copy of the site whose first page ends in `text`."""
+    shutil.copytree(ROOT / "docs", folder / "docs")
+    first = folder / "docs" / "index.md"
+    first.write_text(first.read_text() + text)
+    settings = (ROOT / "mkdocs.yml").read_text()
+    (folder / "mkdocs.yml").write_text(
+        settings.replace("paths: [.]", f"paths: [{ROOT}]")
+    )
+    # The options of the script that builds the real one.
+    words = shlex.split((ROOT / "launch" / "docs.sh").read_text().splitlines()[-1])
+    options = words[words.index("mkdocs") + 1 : -1]
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", *options],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.docs
+@pytest.mark.parametrize("link", ["nothing.md", "train.md#nothing"])
+def test_a_broken_link_is_an_error(link, tmp_path):
+    built = build(tmp_path, f"\n[a link]({link})\n")
+    assert built.returncode == 1 and "nothing" in built.stderr, built.stderr
+
+
+@pytest.mark.docs
+def test_the_site_needs_no_network(tmp_path):
+    built = build(tmp_path)
+    assert built.returncode == 0, built.stderr
+    pages = sorted((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > 20
+    for page in pages:
+        loaded = re.findall(r"<(?:script|img|link)[^>]*://[^>]*>", page.read_text())
+        assert not loaded, page
+        for name in re.findall(r'<(?:script|img)[^>]* src="([^"]+)"', page.read_text()):
+            if page.name != "404.html" and not name.startswith("data:"):
+                assert (page.parent / name.split("?")[0]).exists(), (page, name)
