@@ -25,6 +25,7 @@ import os
 import shlex
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ def main(values: flags.FlagValues, arguments: list[str]) -> int:
         raise UsageError("--train and --config both name training examples: take one")
     train = inputs.expand([values.train]) if values.train else None
     mesh.start("auto")
+    # XLA cannot store programs that call oneDNN; they are compiled each time.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation")
     # After `start`, because these bring JAX up.
     from convnet import bundle as bundle_lib
     from convnet.explaining import contents, layers

@@ -253,8 +253,10 @@ def train_steps(
     """Several updates in one program: one dispatch keeps an accelerator busy for long.
 
     Args:
-      state, data, recipe: as in `train_step`.
+      state: as in `train_step`.
+      data: likewise.
       batches: of `train_step`, stacked: (steps, b).
+      recipe: as in `train_step`.
 
     Returns:
       The last state, and the metrics of each step, (steps,).

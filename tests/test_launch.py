@@ -16,7 +16,10 @@ from packaging.markers import Marker
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["launch/setup.sh", "launch/local.sh", "launch/test.sh", ".ci/run"]
+SCRIPTS = [
+    *(f"launch/{name}.sh" for name in ("setup", "local", "test", "docs")),
+    ".ci/run",
+]
 # All that the launchers may need besides bash.
 TOOLS = "bash cat cksum dirname env find ls mkdir mktemp mv rm sleep sort tail tee"
 
@@ -356,9 +359,12 @@ def test_ci_runs_newest_and_oldest(box: Box) -> None:
     assert status == 1, "the tests' status counts"
     assert out.count("== tests") == 1 and "Python 3.11: not tested" in out
     assert box.count("-m ruff check .") == box.count("-m ruff format --check .") == 1
+    assert box.count("-m mkdocs build --strict") == 1
     box.python("bin/python3.11", "3.11")
     box.run(".ci/run")
-    assert box.count("python3.13 -m pytest") == 2
+    # All tests, and in a run of its own the tutorial.
+    assert box.count("python3.13 -m pytest") == 4
+    assert box.count("-m docs") == box.count("python3.13 -m pytest -q -n0 -m docs") == 2
     assert box.count("python3.11 -m pytest") == 1
     assert (box.project / ".venv-3.11/bin/python").exists()
 

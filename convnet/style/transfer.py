@@ -96,7 +96,8 @@ class Transfer:
 
     Args:
       features: the network's.
-      content, style: uint8 (h, w, 3), of any sizes.
+      content: uint8 (h, w, 3), of any size.
+      style: likewise, of any other size.
       settings: how.
       plan: as `levels` makes it.
     """
