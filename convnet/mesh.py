@@ -1,4 +1,10 @@
-"""Devices: the mesh, where arrays lie on it, and how its programs are compiled."""
+"""Devices: the mesh, where arrays lie on it, and how its programs are compiled.
+
+The mesh has two axes. A batch is split over both. What changes from step to step
+(params, optimizer state, averages) lies whole on each device of axis `data`, and split
+over those of axis `fsdp`, which need 1/n of the memory for it and gather what they
+compute with (Rajbhandari et al., "ZeRO", 2020).
+"""
 
 import ctypes
 import functools
@@ -18,6 +24,13 @@ _CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE",
     "xla_cpu_experimental_onednn_custom_call": True,
 }
+
+# With them a GPU adds in the same order each time, and an algorithm is chosen by rule,
+# not by which was faster today.
+_REPRODUCIBLE_OPTIONS = {
+    "gpu": {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0},
+}
+DATA, FSDP = "data", "fsdp"
 
 
 def start(compilation_cache: str) -> None:
@@ -58,29 +71,48 @@ def _keep_heap() -> None:
         mallopt(m_arena_max, 1)
 
 
-def make(batch_size: int) -> Mesh:
-    """Returns the mesh of all devices, with the one axis `data`.
+def make(batch_size: int, data: int = 0, fsdp: int = 1, shards: int = 0) -> Mesh:
+    """Returns the mesh (data, fsdp) of the first devices.
+
+    Args:
+      batch_size: that must be shared evenly.
+      data, fsdp: devices along each axis; data = 0: all that there are.
+      shards: virtual shards of a batch, 0 for none.
 
     Raises:
-      UsageError: the batch cannot be split evenly over the devices.
+      UsageError: there are not so many devices, or the batch or the shards cannot be
+        split evenly over them.
     """
     devices = jax.devices()
-    if batch_size % len(devices):
+    data = data or len(devices) // fsdp
+    used = data * fsdp
+    if not 0 < used <= len(devices) or used % jax.process_count():
         raise UsageError(
-            f"data.batch_size is {batch_size}, which {len(devices)} devices cannot"
-            f" share evenly: take a multiple of {len(devices)}"
+            f"mesh.data = {data} times mesh.fsdp = {fsdp} asks for"
+            f" {max(data, 1) * fsdp} devices, and there are {len(devices)}"
         )
-    return Mesh(np.asarray(devices), ("data",))
+    if batch_size % used:
+        raise UsageError(
+            f"data.batch_size is {batch_size}, which {used} devices cannot"
+            f" share evenly: take a multiple of {used}"
+        )
+    if shards and (fsdp > 1 or shards % (2 * used)):
+        raise UsageError(
+            f"reproducible = True with mesh.shards = {shards} runs on 1, 2, 4, ..."
+            f" {shards // 2} devices along mesh.data, not on {data} times mesh.fsdp ="
+            f" {fsdp}: choose mesh.data, or more mesh.shards (which is another result)"
+        )
+    return Mesh(np.asarray(devices[:used]).reshape(data, fsdp), (DATA, FSDP))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole (params, datasets)."""
+    """Returns the sharding of what every device holds whole (datasets, metrics)."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batched(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding that splits the first axis over the devices (batches)."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Returns the sharding that splits an axis over the devices (batches)."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, (DATA, FSDP)))
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -90,8 +122,7 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 def put_batches(mesh: Mesh, batches: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """`put_batch` for a stack of batches (steps, b, ...): split along the second."""
-    spec = PartitionSpec(None, "data")
-    return jax.device_put(batches, NamedSharding(mesh, spec))
+    return jax.device_put(batches, batched(mesh, axis=1))
 
 
 def put_whole(mesh: Mesh, tree: Any) -> Any:
@@ -100,14 +131,15 @@ def put_whole(mesh: Mesh, tree: Any) -> Any:
 
 
 @functools.cache
-def compiler_options(platform: str) -> dict[str, Any]:
-    """Returns the options for `jit` that pay on this platform ("cpu", "gpu", "tpu").
+def compiler_options(platform: str, reproducible: bool = False) -> dict[str, Any]:
+    """Returns the options for `jit` on this platform ("cpu", "gpu", "tpu").
 
-    They are experimental: one that this XLA refuses is left out, and so is one that the
-    environment's XLA_FLAGS name: the user's own word counts.
+    Those that pay are experimental: one that this XLA refuses is left out, and so is
+    one that the environment's XLA_FLAGS name: the user's own word counts. Those that
+    `reproducible` needs stay.
     """
     if platform != "cpu":
-        return {}
+        return dict(_REPRODUCIBLE_OPTIONS.get(platform, {})) if reproducible else {}
     given = os.environ.get("XLA_FLAGS", "")
     return {
         name: value

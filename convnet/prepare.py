@@ -79,7 +79,9 @@ class Run:
         start = time.perf_counter()
         jitted = jax.jit(
             functools.partial(function, recipe=recipe or self.recipe),
-            compiler_options=mesh_lib.compiler_options(jax.default_backend()),
+            compiler_options=mesh_lib.compiler_options(
+                jax.default_backend(), self.config.reproducible
+            ),
             **options,
         )
         with warnings.catch_warnings():
@@ -116,7 +118,10 @@ def prepare(
     resolve.validate(config)
     changed = config_lib.changed(config)
     bundle = transfer.adopt(config)
-    mesh = mesh_lib.make(config.data.batch_size)
+    shards = config.mesh.shards if config.reproducible else 0
+    mesh = mesh_lib.make(
+        config.data.batch_size, config.mesh.data, config.mesh.fsdp, shards
+    )
     dataset = source_lib.load(config.data, config.seed)
     resolve.resolve(config, functools.partial(measure.mean_and_std, dataset.train))
     example = pipeline.first(dataset.train)["input"][None]
@@ -147,6 +152,8 @@ def prepare(
             seed=config.seed,
             accumulate=config.optimizer.accumulate,
             ema=config.optimizer.ema,
+            shards=shards,
+            mesh=mesh,
         )
         recipe, thawed, schedule = _recipes(
             make, config, plan, total_steps, schedule or config.schedule

@@ -30,7 +30,7 @@ def test_a_stack_of_batches_is_split_along_the_batch():
     stack = {"index": np.arange(12 * len(jax.devices())).reshape(3, -1)}
     placed = mesh.put_batches(found, stack)["index"]
     np.testing.assert_array_equal(placed, stack["index"])
-    assert placed.sharding.spec == jax.sharding.PartitionSpec(None, "data")
+    assert placed.sharding.spec == jax.sharding.PartitionSpec(None, ("data", "fsdp"))
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch):
