@@ -267,9 +267,9 @@ KEYS: dict[str, Key] = {
         2, "newest checkpoints kept, besides the best", False, low=1
     ),
     "mesh.shards": Key(
-        16,
-        "reproducible: virtual shards of a batch, a power of two; at most half as many"
-        " devices can share them",
+        8,
+        "reproducible: virtual shards of a batch, a power of two; as many CPUs, or half"
+        " as many other devices, can share them",
         low=2,
     ),
     "mesh.data": Key(

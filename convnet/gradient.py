@@ -93,7 +93,8 @@ def of_batch(
         part_grads, batch_stats, sums = of_part(params, batch_stats, rows, key, total)
         grads = part_grads if part == 0 else _add(grads, part_grads)
         metrics = sums if part == 0 else _add(metrics, sums)
-    return grads, batch_stats, metrics
+    found = grads, batch_stats, metrics
+    return jax.lax.optimization_barrier(found) if recipe.shards else found
 
 
 def _add(one: Any, other: Any) -> Any:
@@ -112,21 +113,21 @@ def _by_shards(recipe: "Recipe", of_rows: Callable[..., Found]) -> Callable[...,
         params: Any, batch_stats: Any, rows: Any, key: jax.Array, total: jax.Array
     ) -> Found:
         first = here * jax.lax.axis_index(mesh_lib.DATA)
+        params, batch_stats, rows, key, total = hold(
+            (params, batch_stats, rows, key, total)
+        )
 
         def of_shard(shard: jax.Array, rows: Any) -> Found:
-            given = params, batch_stats, rows, jax.random.fold_in(key, shard), total
-            return hold(of_rows(*hold(given)))
+            rows, shard_key = hold((rows, jax.random.fold_in(key, shard)))
+            return hold(of_rows(params, batch_stats, rows, shard_key, total))
 
         shards = jax.tree.map(lambda x: x.reshape(here, -1, *x.shape[1:]), rows)
         numbers = first + jnp.arange(here)
         if recipe.mesh.devices.flat[0].platform == "cpu":  # where loops are slow
-            found = [
-                of_shard(numbers[i], jax.tree.map(lambda x: x[i], shards))  # noqa: B023
-                for i in range(here)
-            ]
+            found = [of_shard(*_row((numbers, shards), i)) for i in range(here)]
         else:
             stacked = jax.lax.map(lambda x: of_shard(*x), (numbers, shards))
-            found = [jax.tree.map(lambda x: x[i], stacked) for i in range(here)]  # noqa: B023
+            found = [_row(stacked, i) for i in range(here)]
         grads, batch_stats, sums = hold(_sum(_tree_sum(found), devices))
         mean = jax.tree.map(lambda x: x / recipe.shards, batch_stats)
         return grads, mean, sums
@@ -139,6 +140,10 @@ def _by_shards(recipe: "Recipe", of_rows: Callable[..., Found]) -> Callable[...,
         out_specs=whole,
         check_vma=False,
     )
+
+
+def _row(tree: Any, index: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
 def _tree_sum(values: list[Any]) -> Any:

@@ -31,21 +31,26 @@ _REPRODUCIBLE_OPTIONS = {
     "gpu": {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0},
 }
 DATA, FSDP = "data", "fsdp"
+# Elements; below, a transfer takes longer than the memory is worth.
+_LEAST_SPLIT = 1 << 14
 
 
-def start(compilation_cache: str) -> None:
+def start(compilation_cache: str, threads: int = 0) -> None:
     """Prepares JAX for an app; called once by an entry point, before any computation.
 
-    Fixes the number of CPU threads (NPROC, unless it is set), on which XLA's results
-    depend; lets the process keep the memory that it frees, on a CPU; and switches on
-    the persistent compilation cache.
+    Fixes the number of CPU threads (NPROC), on which XLA's results depend; lets the
+    process keep the memory that it frees, on a CPU; and switches on the persistent
+    compilation cache.
 
     Args:
       compilation_cache: its folder; "auto" for the user's; "none" for no cache.
+      threads: how many (`threads`); 0: as NPROC says, or one for each core.
     """
     # macOS has no affinity.
     allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     os.environ.setdefault("NPROC", str(len(allowed)))
+    if threads:
+        os.environ["NPROC"] = str(threads)
     if jax.default_backend() == "cpu":
         _keep_heap()
     if compilation_cache == "none":
@@ -56,6 +61,15 @@ def start(compilation_cache: str) -> None:
         folder = Path(base).expanduser() / "convnet" / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def threads(config: Any) -> int:
+    """Returns how many CPU threads a run needs, 0 for as many as there are.
+
+    A reproducible one needs the same everywhere. XLA takes at least one for each
+    device, and there are at most as many devices as shards.
+    """
+    return config.mesh.shards if config.reproducible else 0
 
 
 def _keep_heap() -> None:
@@ -96,11 +110,14 @@ def make(batch_size: int, data: int = 0, fsdp: int = 1, shards: int = 0) -> Mesh
             f"data.batch_size is {batch_size}, which {used} devices cannot"
             f" share evenly: take a multiple of {used}"
         )
-    if shards and (fsdp > 1 or shards % (2 * used)):
+    # A loop of one round is no loop for a compiler: unrolled, it is another program.
+    least = 1 if devices[0].platform == "cpu" else 2
+    if shards and (fsdp > 1 or shards % (least * used)):
         raise UsageError(
             f"reproducible = True with mesh.shards = {shards} runs on 1, 2, 4, ..."
-            f" {shards // 2} devices along mesh.data, not on {data} times mesh.fsdp ="
-            f" {fsdp}: choose mesh.data, or more mesh.shards (which is another result)"
+            f" {shards // least} devices along mesh.data, not on {data} times"
+            f" mesh.fsdp = {fsdp}: choose mesh.data, or more mesh.shards (which is"
+            " another result)"
         )
     return Mesh(np.asarray(devices[:used]).reshape(data, fsdp), (DATA, FSDP))
 
@@ -108,6 +125,43 @@ def make(batch_size: int, data: int = 0, fsdp: int = 1, shards: int = 0) -> Mesh
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of what every device holds whole (datasets, metrics)."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def sharded(mesh: Mesh, tree: Any) -> Any:
+    """Returns the sharding of each leaf of what changes from step to step.
+
+    Leaves of some size are split over the devices of axis `fsdp`, along the largest
+    axis that they can share evenly, the last of several; the others lie whole on each.
+
+    Args:
+      mesh: of the run.
+      tree: of arrays or their shapes.
+    """
+    devices = mesh.shape[FSDP]
+
+    def of(leaf: Any) -> NamedSharding:
+        even = [
+            (size, axis) for axis, size in enumerate(leaf.shape) if size % devices == 0
+        ]
+        if devices == 1 or leaf.size < _LEAST_SPLIT or not even:
+            return replicated(mesh)
+        return NamedSharding(mesh, PartitionSpec(*[None] * max(even)[1], FSDP))
+
+    return jax.tree.map(of, tree)
+
+
+def gathered(mesh: Mesh | None, tree: Any) -> Any:
+    """Within jit: the tree as the network computes with it, whole on each device."""
+    if mesh is None or mesh.shape[FSDP] == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def scattered(mesh: Mesh | None, tree: Any) -> Any:
+    """Within jit: the tree as it lies in memory between steps."""
+    if mesh is None or mesh.shape[FSDP] == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, sharded(mesh, tree))
 
 
 def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:

@@ -72,6 +72,10 @@ class Run:
         late = self.thawed is not None and step >= self.plan.thaw_step
         return self.thawed if late else self.recipe
 
+    def out_shardings(self) -> tuple[Any, Any]:
+        """Returns where a train step puts the next state, and its metrics."""
+        return mesh_lib.sharded(self.mesh, self.state), mesh_lib.replicated(self.mesh)
+
     def compile(
         self, function: Any, *args: Any, recipe: Recipe | None = None, **options: Any
     ) -> Any:
@@ -231,9 +235,10 @@ def initial_state(it: Run) -> TrainState:
     start = time.perf_counter()
     # Run once: compiling the random draws well would take ten times as long.
     options = {"xla_backend_optimization_level": 0}
+    shapes = jax.eval_shape(create, inputs, it.plan.variables)
     state = jax.jit(
         create,
-        out_shardings=mesh_lib.replicated(it.mesh),
+        out_shardings=mesh_lib.sharded(it.mesh, shapes),
         compiler_options=options if jax.default_backend() == "cpu" else None,
     )(inputs, it.plan.variables)
     jax.block_until_ready(state)

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 
 from convnet import gradient, optim, tta
+from convnet import mesh as mesh_lib
 from convnet.data import augment
 from convnet.freezing import Frozen, merge
 from convnet.task import Task
@@ -197,12 +198,13 @@ def train_step(
     trained, rest = recipe.frozen.split(state.params)
     grads, batch_stats, metrics = gradient.of_batch(
         recipe,
-        (trained, rest),
+        mesh_lib.gathered(recipe.mesh, (trained, rest)),
         state.batch_stats,
         batch,
         recipe.key(2, state.step),
         cached=is_cached(data),
     )
+    grads = mesh_lib.scattered(recipe.mesh, grads)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     trained = optax.apply_updates(trained, updates)
     params, ema = merge(trained, rest), state.ema
@@ -215,7 +217,7 @@ def train_step(
             state.step,
         )
         ema["params"] = merge(ema["params"], still)
-    metrics |= {"count": batch["weight"].sum(), "grad_norm": optax.tree.norm(grads)}
+    metrics |= {"count": batch["weight"].sum(), "grad_norm": optim.global_norm(grads)}
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
 
@@ -258,6 +260,7 @@ def predict_step(
       each (b,).
     """
     batch = materialize(data, batch)
+    variables = mesh_lib.gathered(recipe.mesh, variables)
     apply = functools.partial(recipe.model.apply, variables, train=False)
     if is_cached(data):
         logits = apply(batch["input"], method=gradient.head)
