@@ -40,7 +40,7 @@ def config_of(folder, data, fsdp, **changes):
 
 def small(folder, data, fsdp):
     """A run whose hidden layer, 512 x 48, is split, and whose other leaves are not."""
-    changes = {"model.widths": (8,), "model.depth": 1, "model.dense": (48,)}
+    changes = {"model.widths": (8, 8), "model.depth": 1, "model.dense": (48,)}
     changes |= {"model.norm": "batch", "model.gather": "flatten", "optimizer.ema": 0.9}
     it = prepare.prepare(config_of(folder, data, fsdp, **changes))
     it.state = prepare.initial_state(it)
@@ -117,7 +117,7 @@ def on_eight_devices(folder):
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
     random = np.random.default_rng(0)
-    x = random.integers(0, 256, (48, 16, 16, 3)).astype(np.uint8)
+    x = random.integers(0, 256, (48, 32, 32, 3)).astype(np.uint8)
     y = np.arange(48) % 10
     np.savez(folder / "data.npz", x_train=x, y_train=y, x_test=x[:16], y_test=y[:16])
     environment = os.environ | {
