@@ -13,7 +13,6 @@ import numpy as np
 
 from benchmarks.peers import memory, protocol
 from convnet import config as config_lib
-from convnet import mesh as mesh_lib
 from convnet import prepare, step
 from convnet.data.order import EvalOrder
 
@@ -73,7 +72,7 @@ def compile_step(it: prepare.Run, batch: Any) -> Any:
         it.split("train").data,
         batch,
         donate_argnums=0,
-        out_shardings=mesh_lib.replicated(it.mesh),
+        out_shardings=it.out_shardings(),
     )
 
 

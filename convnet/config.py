@@ -39,6 +39,12 @@ KEYS: dict[str, Key] = {
     "seed": Key(
         0, "of the order, the augmentation, the dropout and the weights", high=2**32 - 1
     ),
+    "reproducible": Key(
+        False,
+        "the same bits on 1, 2, 4, ... devices and from any number of processes: the"
+        " gradient is the sum over mesh.shards virtual shards, with BatchNorm over each"
+        " (docs/reproducibility.md)",
+    ),
     "init_from": Key(
         "",
         "the model whose weights a run starts from: a model file, a workdir, the name"
@@ -259,6 +265,25 @@ KEYS: dict[str, Key] = {
     ),
     "checkpoint.keep": Key(
         2, "newest checkpoints kept, besides the best", False, low=1
+    ),
+    "mesh.shards": Key(
+        8,
+        "reproducible: virtual shards of a batch, a power of two; as many CPUs, or half"
+        " as many other devices, can share them",
+        low=2,
+    ),
+    "mesh.data": Key(
+        0,
+        "devices that hold the params whole, or a group of mesh.fsdp together, and"
+        " share the batch; 0: all",
+        result=False,
+    ),
+    "mesh.fsdp": Key(
+        1,
+        "devices that split the params and the optimizer's state among them, and share"
+        " the batch",
+        result=False,
+        low=1,
     ),
     "compilation_cache": Key(
         "auto", "folder of compiled programs; auto: the user's; none: off", result=False

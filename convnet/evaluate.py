@@ -219,7 +219,7 @@ def main(values: flags.FlagValues) -> None:
     if values.model is None or values.config is None:
         raise UsageError("--model and --config are needed (--help shows the usage)")
     config = resolve.check_type(values.config, "--config")
-    mesh.start(config.compilation_cache)
+    mesh.start(config.compilation_cache, mesh.threads(config))
     # After `start`, because these bring JAX up.
     from convnet import bundle as bundle_lib
     from convnet import finish, prepare, report

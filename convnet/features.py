@@ -82,6 +82,9 @@ def wanted(
     elif not count:
         why = "the augmentation never repeats itself: only augment.flip = 'alternating'"
         why += " goes with it"
+    elif config.reproducible:
+        why = "with reproducible = True the features, which are computed in whole"
+        why += " batches, would depend on the number of devices"
     if why:
         if how == "on":
             raise UsageError(f"transfer.cache_features is 'on', but {why}")

@@ -111,7 +111,7 @@ def measure(it: Run, steps: int) -> np.ndarray:
                 batch,
                 recipe=it.recipe,
                 donate_argnums=0,
-                out_shardings=mesh_lib.replicated(it.mesh),
+                out_shardings=it.out_shardings(),
             )
         state, metrics = train(state, split.data, batch)
         losses.append(float(metrics["objective"]))

@@ -59,7 +59,7 @@ def _result(it: Run, means: dict[str, float]) -> dict[str, Any]:
         "params/count": int(count),
         "params/sha256": checkpoint_lib.result_sha256(it.state),
         "seed": config.seed,
-        "devices": jax.device_count(),
+        "devices": it.mesh.size,
         "device_kind": jax.devices()[0].device_kind,
         "processes": jax.process_count(),
         "versions": versions(),

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 
 from convnet import checkpoint, evaluate
-from convnet import mesh as mesh_lib
 from convnet import step as step_lib
 from convnet.checkpoint import Checkpoints
 from convnet.cli import Interrupted
@@ -146,7 +145,7 @@ class Loop:
                 batch,
                 recipe=recipe,
                 donate_argnums=0,
-                out_shardings=mesh_lib.replicated(it.mesh),
+                out_shardings=it.out_shardings(),
             )
             self._clock += time.perf_counter() - start
         return self._compiled[key]

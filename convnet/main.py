@@ -53,7 +53,7 @@ def main(values: flags.FlagValues) -> None:
     experiment = Path(values["config"].config_filename).stem
     workdir = Path(values.workdir or f"runs/{experiment}").expanduser()
     settings = resolve.check_type(values.config, experiment)
-    mesh.start(settings.compilation_cache)
+    mesh.start(settings.compilation_cache, mesh.threads(settings))
     # After `start`, because this is what brings JAX up.
     from convnet import find_lr, prepare, preview, train
 

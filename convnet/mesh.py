@@ -1,4 +1,10 @@
-"""Devices: the mesh, where arrays lie on it, and how its programs are compiled."""
+"""Devices: the mesh, where arrays lie on it, and how its programs are compiled.
+
+The mesh has two axes. A batch is split over both. What changes from step to step
+(params, optimizer state, averages) lies whole on each device of axis `data`, and split
+over those of axis `fsdp`, which need 1/n of the memory for it and gather what they
+compute with (Rajbhandari et al., "ZeRO", 2020).
+"""
 
 import ctypes
 import functools
@@ -20,20 +26,32 @@ _CPU_OPTIONS = {
     "xla_cpu_experimental_onednn_custom_call": True,
 }
 
+# With them a GPU adds in the same order each time, and an algorithm is chosen by rule,
+# not by which was faster today.
+_REPRODUCIBLE_OPTIONS = {
+    "gpu": {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0},
+}
+DATA, FSDP = "data", "fsdp"
+# Elements; below, a transfer takes longer than the memory is worth.
+_LEAST_SPLIT = 1 << 14
 
-def start(compilation_cache: str) -> None:
+
+def start(compilation_cache: str, threads: int = 0) -> None:
     """Prepares JAX for an app; called once by an entry point, before any computation.
 
-    Fixes the number of CPU threads (NPROC, unless it is set), on which XLA's results
-    depend; lets the process keep the memory that it frees, on a CPU; and switches on
-    the persistent compilation cache.
+    Fixes the number of CPU threads (NPROC), on which XLA's results depend; lets the
+    process keep the memory that it frees, on a CPU; and switches on the persistent
+    compilation cache.
 
     Args:
       compilation_cache: its folder; "auto" for the user's; "none" for no cache.
+      threads: how many (`threads`); 0: as NPROC says, or one for each core.
     """
     # macOS has no affinity.
     allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
     os.environ.setdefault("NPROC", str(len(allowed)))
+    if threads:
+        os.environ["NPROC"] = str(threads)
     if jax.default_backend() == "cpu":
         _keep_heap()
     if compilation_cache == "none":
@@ -46,6 +64,15 @@ def start(compilation_cache: str) -> None:
     warnings.filterwarnings("ignore", "Error writing persistent compilation")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def threads(config: Any) -> int:
+    """Returns how many CPU threads a run needs, 0 for as many as there are.
+
+    A reproducible one needs the same everywhere. XLA takes at least one for each
+    device, and there are at most as many devices as shards.
+    """
+    return config.mesh.shards if config.reproducible else 0
 
 
 def _keep_heap() -> None:
@@ -61,29 +88,88 @@ def _keep_heap() -> None:
         mallopt(m_arena_max, 1)
 
 
-def make(batch_size: int) -> Mesh:
-    """Returns the mesh of all devices, with the one axis `data`.
+def make(batch_size: int, data: int = 0, fsdp: int = 1, shards: int = 0) -> Mesh:
+    """Returns the mesh (data, fsdp) of the first devices.
+
+    Args:
+      batch_size: that must be shared evenly.
+      data, fsdp: devices along each axis; data = 0: all that there are.
+      shards: virtual shards of a batch, 0 for none.
 
     Raises:
-      UsageError: the batch cannot be split evenly over the devices.
+      UsageError: there are not so many devices, or the batch or the shards cannot be
+        split evenly over them.
     """
     devices = jax.devices()
-    if batch_size % len(devices):
+    data = data or len(devices) // fsdp
+    used = data * fsdp
+    if not 0 < used <= len(devices) or used % jax.process_count():
         raise UsageError(
-            f"data.batch_size is {batch_size}, which {len(devices)} devices cannot"
-            f" share evenly: take a multiple of {len(devices)}"
+            f"mesh.data = {data} times mesh.fsdp = {fsdp} asks for"
+            f" {max(data, 1) * fsdp} devices, and there are {len(devices)}"
         )
-    return Mesh(np.asarray(devices), ("data",))
+    if batch_size % used:
+        raise UsageError(
+            f"data.batch_size is {batch_size}, which {used} devices cannot"
+            f" share evenly: take a multiple of {used}"
+        )
+    # A loop of one round is no loop for a compiler: unrolled, it is another program.
+    least = 1 if devices[0].platform == "cpu" else 2
+    if shards and (fsdp > 1 or shards % (least * used)):
+        raise UsageError(
+            f"reproducible = True with mesh.shards = {shards} runs on 1, 2, 4, ..."
+            f" {shards // least} devices along mesh.data, not on {data} times"
+            f" mesh.fsdp = {fsdp}: choose mesh.data, or more mesh.shards (which is"
+            " another result)"
+        )
+    return Mesh(np.asarray(devices[:used]).reshape(data, fsdp), (DATA, FSDP))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole (params, datasets)."""
+    """Returns the sharding of what every device holds whole (datasets, metrics)."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batched(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding that splits the first axis over the devices (batches)."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def sharded(mesh: Mesh, tree: Any) -> Any:
+    """Returns the sharding of each leaf of what changes from step to step.
+
+    Leaves of some size are split over the devices of axis `fsdp`, along the largest
+    axis that they can share evenly, the last of several; the others lie whole on each.
+
+    Args:
+      mesh: of the run.
+      tree: of arrays or their shapes.
+    """
+    devices = mesh.shape[FSDP]
+
+    def of(leaf: Any) -> NamedSharding:
+        even = [
+            (size, axis) for axis, size in enumerate(leaf.shape) if size % devices == 0
+        ]
+        if devices == 1 or leaf.size < _LEAST_SPLIT or not even:
+            return replicated(mesh)
+        return NamedSharding(mesh, PartitionSpec(*[None] * max(even)[1], FSDP))
+
+    return jax.tree.map(of, tree)
+
+
+def gathered(mesh: Mesh | None, tree: Any) -> Any:
+    """Within jit: the tree as the network computes with it, whole on each device."""
+    if mesh is None or mesh.shape[FSDP] == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def scattered(mesh: Mesh | None, tree: Any) -> Any:
+    """Within jit: the tree as it lies in memory between steps."""
+    if mesh is None or mesh.shape[FSDP] == 1:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, sharded(mesh, tree))
+
+
+def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Returns the sharding that splits an axis over the devices (batches)."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, (DATA, FSDP)))
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
@@ -93,8 +179,7 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 def put_batches(mesh: Mesh, batches: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """`put_batch` for a stack of batches (steps, b, ...): split along the second."""
-    spec = PartitionSpec(None, "data")
-    return jax.device_put(batches, NamedSharding(mesh, spec))
+    return jax.device_put(batches, batched(mesh, axis=1))
 
 
 def put_whole(mesh: Mesh, tree: Any) -> Any:
@@ -103,14 +188,15 @@ def put_whole(mesh: Mesh, tree: Any) -> Any:
 
 
 @functools.cache
-def compiler_options(platform: str) -> dict[str, Any]:
-    """Returns the options for `jit` that pay on this platform ("cpu", "gpu", "tpu").
+def compiler_options(platform: str, reproducible: bool = False) -> dict[str, Any]:
+    """Returns the options for `jit` on this platform ("cpu", "gpu", "tpu").
 
-    They are experimental: one that this XLA refuses is left out, and so is one that the
-    environment's XLA_FLAGS name: the user's own word counts.
+    Those that pay are experimental: one that this XLA refuses is left out, and so is
+    one that the environment's XLA_FLAGS name: the user's own word counts. Those that
+    `reproducible` needs stay.
     """
     if platform != "cpu":
-        return {}
+        return dict(_REPRODUCIBLE_OPTIONS.get(platform, {})) if reproducible else {}
     given = os.environ.get("XLA_FLAGS", "")
     return {
         name: value

@@ -67,7 +67,7 @@ def create(
         until = max(optimizer.whiten_until * total_steps, 1.0)
         return jnp.maximum(1 - jnp.asarray(step + start, jnp.float32) / until, 0.0)
 
-    rule = optax.partition(
+    return optax.partition(
         {
             "kernel": optax.chain(*kernels),
             "head": rest(optimizer.head_lr, follow),
@@ -76,9 +76,6 @@ def create(
         },
         _labels,
     )
-    if optimizer.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(optimizer.clip_norm), rule)
-    return rule
 
 
 def orthogonalize(matrices: jax.Array, steps: int) -> jax.Array:
@@ -95,7 +92,9 @@ def orthogonalize(matrices: jax.Array, steps: int) -> jax.Array:
     a, b, c = _COEFFICIENTS
     rows, columns = matrices.shape[-2:]
     x = jnp.swapaxes(matrices, -1, -2) if rows > columns else matrices
-    x /= jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7
+    # Held, as in `optim.global_norm`.
+    norms = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
+    x /= jax.lax.optimization_barrier(norms) + 1e-7
     # On accelerators in bfloat16, as its authors do.
     x = x if jax.default_backend() == "cpu" else x.astype(jnp.bfloat16)
     # Unrolled: on a CPU a compiled loop around matrix products is many times slower.
@@ -178,7 +177,8 @@ def _normalized() -> optax.GradientTransformation:
 
     def one(update: jax.Array, kernel: jax.Array) -> jax.Array:
         wanted = math.sqrt(kernel.shape[-1])
-        norm = jnp.maximum(jnp.linalg.norm(kernel.ravel()), 1e-12)
+        norm = jax.lax.optimization_barrier(jnp.linalg.norm(kernel.ravel()))
+        norm = jnp.maximum(norm, 1e-12)
         return update + kernel * (wanted / norm - 1)
 
     return optax.stateless(lambda updates, kernels: jax.tree.map(one, updates, kernels))

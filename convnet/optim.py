@@ -63,8 +63,10 @@ def create(
     def rate(count: ArrayLike) -> jax.Array:
         return schedule_fn(count + start)
 
+    clipped = [clip(optimizer.clip_norm)] if optimizer.clip_norm else []
     if optimizer.name == "muon":
-        return muon.create(optimizer, rate, total_steps, start), schedule_fn
+        rule = muon.create(optimizer, rate, total_steps, start)
+        return optax.chain(*clipped, rule) if clipped else rule, schedule_fn
     adam = {"b1": optimizer.momentum, "b2": optimizer.beta2}
     trace = optax.trace(optimizer.momentum, nesterov=optimizer.nesterov)
     decay = optax.identity()
@@ -81,10 +83,30 @@ def create(
         raise ValueError(
             f"optimizer.name is {optimizer.name!r}: known are {', '.join(OPTIMIZERS)}"
         )
-    if optimizer.clip_norm:
-        rule.insert(0, optax.clip_by_global_norm(optimizer.clip_norm))
-    rule.append(optax.scale_by_learning_rate(rate))
+    rule = [*clipped, *rule, optax.scale_by_learning_rate(rate)]
     return optax.chain(*rule), schedule_fn
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Returns the root of the sum of all squares, float32 ()."""
+    # Without the barriers XLA puts the sums of some leaves into one loop, those that
+    # happen to be near, and adds in another order there.
+    sums = [
+        jax.lax.optimization_barrier(jnp.sum(jnp.square(leaf)))
+        for leaf in jax.tree.leaves(tree)
+    ]
+    return jnp.sqrt(jnp.sum(jnp.stack(sums)))
+
+
+def clip(most: float) -> optax.GradientTransformation:
+    """Scales updates down to a global norm of `most` (Pascanu et al. 2013)."""
+
+    def update(updates: Any, params: Any) -> Any:
+        del params
+        scale = jnp.minimum(1.0, most / jnp.maximum(global_norm(updates), 1e-30))
+        return jax.tree.map(lambda leaf: scale * leaf, updates)
+
+    return optax.stateless(update)
 
 
 def scaled(

@@ -71,6 +71,10 @@ class Run:
         late = self.thawed is not None and step >= self.plan.thaw_step
         return self.thawed if late else self.recipe
 
+    def out_shardings(self) -> tuple[Any, Any]:
+        """Returns where a train step puts the next state, and its metrics."""
+        return mesh_lib.sharded(self.mesh, self.state), mesh_lib.replicated(self.mesh)
+
     def compile(
         self, function: Any, *args: Any, recipe: Recipe | None = None, **options: Any
     ) -> Any:
@@ -78,7 +82,9 @@ class Run:
         start = time.perf_counter()
         jitted = jax.jit(
             functools.partial(function, recipe=recipe or self.recipe),
-            compiler_options=mesh_lib.compiler_options(jax.default_backend()),
+            compiler_options=mesh_lib.compiler_options(
+                jax.default_backend(), self.config.reproducible
+            ),
             **options,
         )
         compiled = jitted.lower(*args).compile()
@@ -112,7 +118,10 @@ def prepare(
     resolve.validate(config)
     changed = config_lib.changed(config)
     bundle = transfer.adopt(config)
-    mesh = mesh_lib.make(config.data.batch_size)
+    shards = config.mesh.shards if config.reproducible else 0
+    mesh = mesh_lib.make(
+        config.data.batch_size, config.mesh.data, config.mesh.fsdp, shards
+    )
     dataset = source_lib.load(config.data, config.seed)
     resolve.resolve(config, functools.partial(measure.mean_and_std, dataset.train))
     example = pipeline.first(dataset.train)["input"][None]
@@ -143,6 +152,8 @@ def prepare(
             seed=config.seed,
             accumulate=config.optimizer.accumulate,
             ema=config.optimizer.ema,
+            shards=shards,
+            mesh=mesh,
         )
         recipe, thawed, schedule = _recipes(
             make, config, plan, total_steps, schedule or config.schedule
@@ -220,9 +231,10 @@ def initial_state(it: Run) -> TrainState:
     start = time.perf_counter()
     # Run once: compiling the random draws well would take ten times as long.
     options = {"xla_backend_optimization_level": 0}
+    shapes = jax.eval_shape(create, inputs, it.plan.variables)
     state = jax.jit(
         create,
-        out_shardings=mesh_lib.replicated(it.mesh),
+        out_shardings=mesh_lib.sharded(it.mesh, shapes),
         compiler_options=options if jax.default_backend() == "cpu" else None,
     )(inputs, it.plan.variables)
     jax.block_until_ready(state)

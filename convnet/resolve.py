@@ -86,6 +86,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"optimizer.accumulate is {values['optimizer.accumulate']}, which does not"
             f" divide data.batch_size = {values['data.batch_size']}"
         )
+    if values["reproducible"]:
+        _check_shards(values)
     if values["schedule.name"] == "step" and not values["schedule.steps"]:
         raise UsageError(
             "schedule.name is 'step' and schedule.steps is (): name the shares of the"
@@ -111,6 +113,18 @@ def validate(config: ml_collections.ConfigDict) -> None:
     # The model of init_from says which options there are.
     if not values["init_from"]:
         model_options(config)
+
+
+def _check_shards(values: dict[str, Any]) -> None:
+    shards, batch = values["mesh.shards"], values["data.batch_size"]
+    if shards & (shards - 1):
+        raise UsageError(f"mesh.shards is {shards}: want a power of two")
+    if batch % (shards * values["optimizer.accumulate"]):
+        raise UsageError(
+            f"reproducible = True splits data.batch_size = {batch} into mesh.shards ="
+            f" {shards} equal shards (of each of optimizer.accumulate ="
+            f" {values['optimizer.accumulate']} microbatches): choose other numbers"
+        )
 
 
 def _check_value(name: str, value: Any, key: Key) -> None:

@@ -9,8 +9,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from convnet import optim, tta
+from convnet import gradient, optim, tta
+from convnet import mesh as mesh_lib
 from convnet.data import augment
 from convnet.freezing import Frozen, merge
 from convnet.task import Task
@@ -43,7 +45,8 @@ class Recipe:
     """What stays the same from step to step.
 
     `mean` and `std` are in units of `to_unit`; `augment` has config.augment's keys. The
-    optimizer is given the gradients of what is not frozen.
+    optimizer is given the gradients of what is not frozen. With `shards` the gradient
+    is the sum over so many virtual shards of the batch, which lies on `mesh`.
     """
 
     model: nn.Module
@@ -56,6 +59,8 @@ class Recipe:
     accumulate: int
     ema: float
     frozen: Frozen = Frozen()
+    shards: int = 0
+    mesh: Mesh | None = None
 
     def key(self, stream: int, step: jax.Array | int) -> jax.Array:
         """Returns the key of one use of randomness (0 init, 1 augment, 2 dropout)."""
@@ -136,11 +141,6 @@ def base(model: nn.Module, inputs: jax.Array, train: bool) -> jax.Array:
     return model.base(inputs, train)
 
 
-def head(model: nn.Module, features: jax.Array, train: bool) -> jax.Array:
-    """The other part: features to logits."""
-    return model.head(features, train)
-
-
 def augmented(
     step: jax.Array | int, data: Batch, batch: Batch, *, recipe: Recipe
 ) -> Batch:
@@ -195,37 +195,16 @@ def train_step(
       metrics over the batch, `objective` (the minimised loss) and `grad_norm`.
     """
     batch = network_batch(state.step, data, batch, recipe=recipe)
-    inputs, weight, target = batch["input"], batch["weight"], batch["target"]
     trained, rest = recipe.frozen.split(state.params)
-    total = jnp.maximum(weight.sum(), 1.0)
-    dropout = recipe.key(2, state.step)
-
-    def objective(trained, batch_stats, part):
-        # Interleaved, so that each device works on its own share of every microbatch.
-        pick = lambda x: x.reshape(-1, recipe.accumulate, *x.shape[1:])[:, part]  # noqa: E731
-        with recipe.frozen.resting():
-            logits, updated = recipe.model.apply(
-                {"params": merge(trained, rest), "batch_stats": batch_stats},
-                pick(inputs),
-                train=True,
-                mutable=["batch_stats"],
-                rngs={"dropout": jax.random.fold_in(dropout, part)},
-                method=head if is_cached(data) else None,
-            )
-        loss = (recipe.task.loss(logits, pick(target)) * pick(weight)).sum() / total
-        values = recipe.task.metrics(logits, pick(target))
-        sums = {name: (v * pick(weight)).sum() for name, v in values.items()}
-        return loss, (updated.get("batch_stats", {}), sums)
-
-    gradient = jax.value_and_grad(objective, has_aux=True)
-    batch_stats, grads, metrics = state.batch_stats, None, None
-    # Unrolled: XLA's loops are many times slower on a CPU.
-    for part in range(recipe.accumulate):
-        (loss, (batch_stats, sums)), part_grads = gradient(trained, batch_stats, part)
-        sums = {"objective": loss, **sums}
-        grads = part_grads if part == 0 else jax.tree.map(jnp.add, grads, part_grads)
-        metrics = sums if part == 0 else jax.tree.map(jnp.add, metrics, sums)
-
+    grads, batch_stats, metrics = gradient.of_batch(
+        recipe,
+        mesh_lib.gathered(recipe.mesh, (trained, rest)),
+        state.batch_stats,
+        batch,
+        recipe.key(2, state.step),
+        cached=is_cached(data),
+    )
+    grads = mesh_lib.scattered(recipe.mesh, grads)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     trained = optax.apply_updates(trained, updates)
     params, ema = merge(trained, rest), state.ema
@@ -238,7 +217,7 @@ def train_step(
             state.step,
         )
         ema["params"] = merge(ema["params"], still)
-    metrics |= {"count": weight.sum(), "grad_norm": optax.tree.norm(grads)}
+    metrics |= {"count": batch["weight"].sum(), "grad_norm": optim.global_norm(grads)}
     return TrainState(state.step + 1, params, batch_stats, opt_state, ema), metrics
 
 
@@ -283,9 +262,10 @@ def predict_step(
       each (b,).
     """
     batch = materialize(data, batch)
+    variables = mesh_lib.gathered(recipe.mesh, variables)
     apply = functools.partial(recipe.model.apply, variables, train=False)
     if is_cached(data):
-        logits = apply(batch["input"], method=head)
+        logits = apply(batch["input"], method=gradient.head)
     else:
         inputs = normalize(to_unit(batch["input"]), recipe.mean, recipe.std)
         logits = tta.logits(apply, inputs, views)

@@ -75,7 +75,7 @@ def main(values: flags.FlagValues) -> int:
     else:
         workdir = Workdir(Path(values.workdir).expanduser())
         config = workdir.config()
-        mesh.start(config.compilation_cache)
+        mesh.start(config.compilation_cache, mesh.threads(config))
         verify_workdir(findings, workdir, config, values.replay)
     total = findings.held + findings.failed
     print(f"{findings.held} of {total} claims hold")

@@ -25,6 +25,8 @@ INFRASTRUCTURE = [
     "train.eval_every",
     "checkpoint.every_steps",
     "checkpoint.keep",
+    "mesh.data",
+    "mesh.fsdp",
     "compilation_cache",
 ]
 

@@ -1,7 +1,11 @@
+import os
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 
+from convnet import config as config_lib
 from convnet import mesh
 from convnet.errors import UsageError
 
@@ -30,10 +34,42 @@ def test_a_stack_of_batches_is_split_along_the_batch():
     stack = {"index": np.arange(12 * len(jax.devices())).reshape(3, -1)}
     placed = mesh.put_batches(found, stack)["index"]
     np.testing.assert_array_equal(placed, stack["index"])
-    assert placed.sharding.spec == jax.sharding.PartitionSpec(None, "data")
+    assert placed.sharding.spec == jax.sharding.PartitionSpec(None, ("data", "fsdp"))
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [None] * 4)
     with pytest.raises(UsageError, match="6, which 4 devices .* a multiple of 4"):
         mesh.make(6)
+
+
+def test_a_reproducible_run_has_the_same_number_of_threads_everywhere(monkeypatch):
+    config = config_lib.default()
+    monkeypatch.setenv("NPROC", "3")
+    mesh.start("none", mesh.threads(config))
+    assert os.environ["NPROC"] == "3"
+    config.reproducible, config.mesh.shards = True, 4
+    mesh.start("none", mesh.threads(config))
+    assert os.environ["NPROC"] == "4"
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec"),
+    [
+        ((512, 4096), (None, "fsdp")),  # the largest axis
+        ((4096, 512), ("fsdp",)),
+        ((256, 256), (None, "fsdp")),  # the last of several
+        ((3, 3, 1026, 512), (None, None, None, "fsdp")),  # that can be shared evenly
+        ((1023, 1025), ()),
+        ((128, 64), ()),  # too small
+    ],
+)
+def test_leaves_are_split_along_their_largest_even_axis(shape, spec):
+    devices = np.array(jax.devices()[:1])
+    fake = SimpleNamespace(shape={"data": 2, "fsdp": 4})
+    real = jax.sharding.Mesh(devices.reshape(1, 1), ("data", "fsdp"))
+    with pytest.MonkeyPatch.context() as patch:
+        named = jax.sharding.NamedSharding
+        patch.setattr(mesh, "NamedSharding", lambda _, spec: named(real, spec))
+        found = mesh.sharded(fake, {"kernel": jax.ShapeDtypeStruct(shape, "float32")})
+    assert found["kernel"].spec == jax.sharding.PartitionSpec(*spec)

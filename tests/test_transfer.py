@@ -784,6 +784,7 @@ def test_the_cache_holds_both_sides_of_each_example(folder, source):
         # One epoch, of which each side is seen in part.
         ({"train__steps": 5}, False),
         ({"train__steps": 5, "transfer__cache_features": "on"}, True),
+        ({"reproducible": True, "mesh__shards": 2}, False),
     ],
 )
 def test_when_features_are_cached(folder, changes, cached):
