@@ -73,6 +73,7 @@ def test_from_the_csv_file_to_a_trained_model(tmp_path, monkeypatch, capsys):
 
 def build(folder, text=""):
     """Builds a copy of the site whose first page ends in `text`."""
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
     shutil.copytree(ROOT / "docs", folder / "docs")
     first = folder / "docs" / "index.md"
     first.write_text(first.read_text() + text)
