@@ -5,6 +5,7 @@
 DIR holds train and test, each with cat and non-cat: 209 and 50 images. 2 CPU cores,
 Python 3.13: 82 % of the test images (41 of 50, 95 % interval 69 to 90) after 120
 epochs, 1.6 minutes, 269 images/s; with --config.seed=1 and 2 it is 82 and 84 %.
+Calibration error 0.15, 0.15 and 0.12.
 Logistic regression on the pixels, the classic exercise, gets 70 %.
 """
 
