@@ -122,6 +122,12 @@ def make(batch_size: int, data: int = 0, fsdp: int = 1, shards: int = 0) -> Mesh
             f" mesh.fsdp = {fsdp}: choose mesh.data, or more mesh.shards (which is"
             " another result)"
         )
+    if shards and used > 1 and jax.__version_info__ < (0, 12):
+        raise UsageError(
+            f"reproducible = True on {used} devices needs JAX 0.12, which is for Python"
+            f" 3.12 and newer; with JAX {jax.__version__} other numbers of devices have"
+            " other bits: choose mesh.data = 1"
+        )
     return Mesh(np.asarray(devices[:used]).reshape(data, fsdp), (DATA, FSDP))
 
 

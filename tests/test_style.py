@@ -125,7 +125,9 @@ def test_tiles_give_the_loss_and_gradient_of_the_whole(base, relative):
     for name in whole.terms:
         np.testing.assert_allclose(cut.terms[name], whole.terms[name], rtol=1e-3)
     size = float(jnp.abs(whole.gradient).max())
-    np.testing.assert_allclose(cut.gradient, whole.gradient, atol=1e-4 * size)
+    np.testing.assert_allclose(
+        cut.gradient, whole.gradient, rtol=1e-3, atol=1e-3 * size
+    )
 
 
 @pytest.mark.parametrize("side", [256, 1024, 1056, 1792, 1824, 4000])
