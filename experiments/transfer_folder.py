@@ -7,6 +7,10 @@ A picture's class is the folder in which it lies; DIR may hold train and test or
 The weights come from the hub once, and lie in its cache from then on; init_from may
 also be a model file, such as `python -m convnet.convert` makes. First the new head
 learns on the frozen base, then all of it, the base more slowly.
+
+2 CPU cores, Python 3.13, with --config.init_from=cifar10 (the model that ships, 32x32)
+and 2,000 photographs of cats and dogs: 87.2 % of 1,000 others (95 % interval 85.0 to
+89.1) after 48 s. With a network that knows ImageNet it has not been measured.
 """
 
 from convnet import config as config_lib
