@@ -153,3 +153,37 @@ def test_inception_says_which_images_it_takes():
     model = models.create("inception_v3", num_outputs=2, width=2, aux=True)
     with pytest.raises(ValueError, match="auxiliary head .* 299x299"):
         shapes(model, (1, 298, 299, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("resnet18", {}),
+        ("resnet50", {"variant": "keras"}),
+        ("vgg11_bn", {"dense": ()}),
+        ("mobilenet_v2", {}),
+        ("inception_v3", {"variant": "keras"}),
+    ],
+)
+def test_norms_within_convolutions_give_the_plain_logits(name, options):
+    model = models.create(name, num_outputs=3, width=8, **options)
+    side = 96 if name == "inception_v3" else 32
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((2, side, side, 3)), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    # Nothing is 0 or 1, as it is after `init`.
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.asarray(
+            rng.uniform(0.5, 1.5, leaf.shape)
+            if leaf.ndim == 1
+            else rng.standard_normal(leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1])),
+            jnp.float32,
+        ),
+        variables,
+    )
+    with lowering.plain():
+        plain = model.apply(variables, x)
+    assert np.ptp(plain) > 0.1 * np.abs(plain).max()
+    np.testing.assert_allclose(
+        model.apply(variables, x), plain, atol=1e-5 * float(np.abs(plain).max())
+    )
