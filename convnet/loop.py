@@ -68,8 +68,10 @@ class Loop:
                     train = self._train(steps, batch)
                     it.state, metrics = train(it.state, it.split("train").data, batch)
                     self._count(steps, metrics)
-                    self._after_step(steps, signals)
+                    # Before anything waits for the step: the next one is prepared
+                    # while the devices compute.
                     dispatch = self._next(dispatches)
+                    self._after_step(steps, signals)
             finally:
                 dispatches.close()
                 self._progress.close()

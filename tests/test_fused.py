@@ -30,9 +30,9 @@ def rng():
     return np.random.default_rng(0)
 
 
-@pytest.fixture(autouse=True)
-def on_a_cpu(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+@pytest.fixture(params=["cpu"], autouse=True)
+def backend(request, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
 
 
 def numpy_activate(x, activation):
@@ -94,6 +94,7 @@ def assert_near(found, want, tolerance, name=""):
 NAMES = ("y", "mean", "var", "by x", "by scale", "by bias")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "gpu"], indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", fused.ACTIVATIONS)
 def test_batch_norm_is_numpys(activation, dtype, rng):

@@ -244,6 +244,25 @@ def test_only_a_cpu_from_jax_0_12_on_takes_them(monkeypatch):
         assert len(parts(37, side=16)) == want, (backend, version)
 
 
+def test_on_a_gpu_a_gradient_is_computed_before_its_convolutions(monkeypatch):
+    """Else XLA computes them on maps with the zeros that a pool's gradient ends in."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    case = (None, None, None, (1, 1), ((1, 1), (1, 1)))
+    x, kernel, gradient = draw(CASES[0], np.float32)
+    _, *found = with_gradients(lowering.convolve2d, case, x, kernel, gradient)
+    for ours, want in zip(
+        found, numpy_gradients(x, kernel, gradient, *case[3:]), strict=True
+    ):
+        np.testing.assert_allclose(ours, want, atol=1e-4)
+    program = jax.make_jaxpr(
+        lambda *a: jax.vjp(lambda x, k: lowering.convolve2d(x, k, *case[3:]), *a[:2])[
+            1
+        ](a[2])
+    )(x, kernel, gradient)
+    held = [e for e in program.eqns if e.primitive.name == "optimization_barrier"]
+    assert [v.aval.shape for e in held for v in e.outvars] == [gradient.shape]
+
+
 def test_no_small_map_meets_a_larger_kernel(forms):
     """oneDNN would take its reference code, 50 times slower."""
     x = jax.ShapeDtypeStruct((4, 2, 1, 2), jnp.float32)

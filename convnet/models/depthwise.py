@@ -23,7 +23,7 @@ _MOST_PLACES = 64
 
 def pays(window: Sequence[int]) -> bool:
     """Whether this is the form to take for a kernel of `window` places per axis."""
-    return lowering.on_cpu() and math.prod(window) <= _MOST_PLACES
+    return lowering.on("cpu") and math.prod(window) <= _MOST_PLACES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -105,8 +105,9 @@ def _norm_backward(
     g = gradients[0].astype(jnp.float32)
     if activation != "none":
         g *= _slope(normal * scale + bias, activation)
-        # Once, not in each of its three uses: a tanh costs more than a pass.
-        g = lax.optimization_barrier(g.astype(x.dtype)).astype(jnp.float32)
+        if lowering.on("cpu"):
+            # Once, not in each of its three uses: a tanh costs more than a pass.
+            g = lax.optimization_barrier(g.astype(x.dtype)).astype(jnp.float32)
     by_bias = g.sum(axes)
     by_scale = (g * normal).sum(axes)
     by_x = root * scale * (g - by_bias / count - normal * (by_scale / count))
@@ -130,7 +131,7 @@ def _pool_forward(x: jax.Array, window: int) -> tuple[jax.Array, tuple]:
     kind = np.min_scalar_type(window ** (x.ndim - 2) - 1)
     # XLA compares bfloat16 in float32, with a conversion there and back. As integers
     # ConvNetJS's network goes through 28,900 images/s instead of 22,200.
-    integers = x.dtype == jnp.bfloat16 and lowering.on_cpu()
+    integers = x.dtype == jnp.bfloat16 and lowering.on("cpu")
     y, which = None, None
     for number, place in enumerate(_offsets(x.ndim - 2, window)):
         part = x[_tile(x.shape, window, place)]

@@ -140,7 +140,7 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, c, jnp.float32)
         mean = self.variable("batch_stats", "mean", jnp.zeros, c, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, c, jnp.float32)
-        if train and lowering.on_cpu():
+        if train and lowering.on("cpu", "gpu"):
             y, mu, sigma2 = fused.batch_norm(x, scale, bias, self.epsilon, activation)
         else:
             wide = x.astype(jnp.float32)
@@ -217,7 +217,7 @@ def normalize_and_activate(
 
 def gelu(x: Array) -> Array:
     """GELU in its tanh form (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
-    if lowering.on_cpu():
+    if lowering.on("cpu", "gpu"):
         return fused.gelu(x)
     return fused.activate(x.astype(jnp.float32), "gelu").astype(x.dtype)
 

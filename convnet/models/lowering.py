@@ -53,9 +53,9 @@ def is_plain() -> bool:
     return _PLAIN.get()
 
 
-def on_cpu() -> bool:
-    """Whether the forms for a CPU are wanted."""
-    return jax.default_backend() == "cpu" and not is_plain()
+def on(*backends: str) -> bool:
+    """Whether the forms for one of these ("cpu", "gpu", "tpu") are wanted."""
+    return jax.default_backend() in backends and not is_plain()
 
 
 def convolve2d(
@@ -63,8 +63,10 @@ def convolve2d(
 ) -> jax.Array:
     """Cross-correlates `x` (b, h, w, c) with `kernel` (kh, kw, c, features)."""
     stride, pads = tuple(stride), tuple(tuple(pair) for pair in pads)
+    if on("gpu"):
+        return _hold_gradient(_plain(x, kernel, stride, pads))
     # From JAX 0.12 on convolutions on a CPU are oneDNN's.
-    if not on_cpu() or jax.__version_info__ < (0, 12):
+    if not on("cpu") or jax.__version_info__ < (0, 12):
         return _plain(x, kernel, stride, pads)
     sizes, window = x.shape[1:3], kernel.shape[:2]
     missing = [max(k - n, 0) for n, k in zip(sizes, window, strict=True)]
@@ -104,6 +106,22 @@ def _plain(
     x: jax.Array, kernel: jax.Array, stride: tuple[int, ...], pads: Pads
 ) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, stride, pads, dimension_numbers=_LAYOUT)
+
+
+@jax.custom_vjp
+def _hold_gradient(y: jax.Array) -> jax.Array:
+    """`y`, whose gradient is computed once, as it is, before any use.
+
+    The gradient of a pool that drops a row ends in zeros. XLA takes these into the
+    padding of the convolutions behind it, which cuDNN then computes on larger maps
+    (32x32 in place of 31x31, 8x8 of 7x7) and cuts, and writes the gradient twice.
+    """
+    return y
+
+
+_hold_gradient.defvjp(
+    lambda y: (y, None), lambda _, gradient: (lax.optimization_barrier(gradient),)
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
