@@ -52,6 +52,7 @@ COMMANDS = {
     "startup": ["--batch=4", "--repeats=1"],
     "stylize": ["--size=32", "--evaluations=3", "--layers=tutorial", "--repeats=1"],
     "time_to_accuracy": ["--seeds=1", "--targets=90,100.5"],
+    "kernels": ["--repeats=1"],
 }
 
 
@@ -72,6 +73,8 @@ def runs(tmp_path_factory):
     for name, arguments in COMMANDS.items():
         if name == "time_to_accuracy":
             arguments = [*arguments, f"--experiment={experiment}"]
+        if name == "kernels":
+            arguments = [*arguments, f"--config={experiment}"]
         output = f"--output={folder / name}.json"
         command = [sys.executable, "-m", f"benchmarks.{name}", output, *arguments]
         started[name] = subprocess.Popen(
@@ -143,6 +146,13 @@ def test_time_to_accuracy_reaches_what_can_be_reached(runs):
     seconds, more = found["mean/to_90"], found["mean/to_90/with_compilation"]
     assert 0 < seconds <= found["mean/train"] and more > seconds
     assert found["seed_0/to_90"] == found["mean/to_90"]
+
+
+def test_a_step_is_divided_into_convolutions_and_the_rest(runs):
+    found = numbers(runs["kernels"][0])
+    shares = {case: value for case, value in found.items() if case.startswith("share/")}
+    assert sum(shares.values()) == pytest.approx(100)
+    assert shares["share/convolutions"] > 0
 
 
 def test_a_curve_is_read_off_the_metrics():
