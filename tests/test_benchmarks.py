@@ -46,7 +46,7 @@ COMMANDS = {
         "--repeats=1",
     ],
     "scaling": [
-        *("--network=speednet", "--sizes=16,32", "--batches=4", "--counts="),
+        *("--network=speednet", "--sizes=32", "--batches=4", "--counts="),
         *("--depths=", "--batch=4", "--repeats=1"),
     ],
     "startup": ["--batch=4", "--repeats=1"],
@@ -116,7 +116,7 @@ def test_train_step_measures_both_modes(runs):
 def test_cost_by_side_and_memory_are_measured(runs):
     rows, _ = runs["scaling"]
     found = numbers(rows)
-    assert list(found) == ["size/16", "size/32", "memory/batch_4"]
+    assert list(found) == ["size/32", "memory/batch_4"]
     assert rows[-1]["unit"] == "MiB" and 1 < found["memory/batch_4"] < 200
 
 
