@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import scaling, table, time_to_accuracy, train_step
+from benchmarks import scaling, startup, table, time_to_accuracy, train_step
 from benchmarks.peer import Peer, PeerError
 from benchmarks.peers import memory
 from benchmarks.table import Row, Table
@@ -46,7 +46,7 @@ COMMANDS = {
         "--repeats=1",
     ],
     "scaling": [
-        *("--network=speednet", "--sizes=32,96", "--batches=4", "--counts="),
+        *("--network=speednet", "--sizes=32", "--batches=4", "--counts="),
         *("--depths=", "--batch=4", "--repeats=1"),
     ],
     "startup": ["--batch=4", "--repeats=1"],
@@ -116,10 +116,10 @@ def test_train_step_measures_both_modes(runs):
     assert {row["unit"] for row in rows} == {"images/s"}
 
 
-def test_cost_grows_with_the_side_and_memory_is_measured(runs):
+def test_cost_by_side_and_memory_are_measured(runs):
     rows, _ = runs["scaling"]
     found = numbers(rows)
-    assert list(found) == ["size/32", "size/96", "memory/batch_4"]
+    assert list(found) == ["size/32", "memory/batch_4"]
     assert rows[-1]["unit"] == "MiB" and 1 < found["memory/batch_4"] < 200
 
 
@@ -133,6 +133,21 @@ def test_phases_of_a_start_make_up_its_total(runs):
         assert sum(phases) == pytest.approx(total, rel=1e-6)
 
 
+def test_a_peer_that_fails_is_noted_once_and_not_started_again(capsys):
+    calls = []
+
+    def fails():
+        calls.append(1)
+        raise ConvnetError("no compiler")
+
+    side = startup._tolerant(fails, "PyTorch compiled", Table(None, "title"))
+    found = [side(), side()]
+    startup.report(Table(None, "title"), {"ours": [], "compiled": found})
+    printed = capsys.readouterr().out
+    assert calls == [1] and printed.count("PyTorch compiled: no compiler") == 1
+    assert "cold/compile" in printed and "warm/total" in printed
+
+
 def test_a_transfer_is_measured_from_its_start_to_its_end(runs):
     found = numbers(runs["stylize"][0])
     assert list(found)[:2] == ["noise/content", "noise/style"]
@@ -143,9 +158,10 @@ def test_time_to_accuracy_reaches_what_can_be_reached(runs):
     found = numbers(runs["time_to_accuracy"][0])
     assert found["seed_0/final_accuracy"] >= 90
     assert found["mean/to_100.5"] is found["mean/to_100.5/with_compilation"] is None
+    # However long it takes, these are parts of each other.
     seconds, more = found["mean/to_90"], found["mean/to_90/with_compilation"]
-    assert 0 < seconds <= found["mean/train"] and more > seconds
-    assert found["seed_0/to_90"] == found["mean/to_90"]
+    assert 0 < seconds < more and seconds <= found["mean/train"]
+    assert found["seed_0/to_90"] == seconds
 
 
 def test_a_step_is_divided_into_convolutions_and_the_rest(runs):

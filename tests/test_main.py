@@ -616,22 +616,21 @@ def test_help(folder):
         assert name in done.out
 
 
-def test_importing_is_quick_and_brings_no_tensorflow():
+def test_importing_brings_nothing_that_is_slow_to_load():
     code = """
-import json, sys, time
-start = time.perf_counter()
+import json, sys
 import convnet
-seconds = time.perf_counter() - start
-import convnet.main
 found = [set(sys.modules)]
+import convnet.main
+found.append(set(sys.modules))
 import convnet.train
 found.append(set(sys.modules))
-heavy = ("tensorflow", "tensorflow_datasets", "sklearn", "matplotlib")
-print(json.dumps([seconds, *[[m for m in heavy if m in each] for each in found]]))
+slow = ("tensorflow", "tensorflow_datasets", "sklearn", "matplotlib", "grain")
+slower = [(*slow, "jax", "numpy", "flax", "optax"), slow, slow]
+pairs = zip(found, slower)
+print(json.dumps([[name for name in names if name in each] for each, names in pairs]))
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True
     )
-    seconds, *found = json.loads(done.stdout)
-    assert seconds < 1
-    assert found == [[], []]
+    assert json.loads(done.stdout) == [[], [], []], done

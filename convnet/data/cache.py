@@ -25,7 +25,7 @@ from convnet.data import decode as decode_lib
 from convnet.data.resize import Resize
 from convnet.errors import UsageError
 
-_DECODER_FILES = ("decode.py", "headers.py", "resize.py")
+_DECODER_FILES = ("decode.py", "headers.py", "modes.py", "resize.py")
 # Height, width, channels and a checksum. Then the pixels.
 _HEADER = struct.Struct("<IIII")
 # What is larger is decoded from the file and not kept: no picture, but perhaps a film.

@@ -6,7 +6,6 @@ JPEGs are decoded by simplejpeg where it is installed and finds no fault in the 
 everything else by Pillow: both hold libjpeg-turbo, and their pixels are the same.
 """
 
-import functools
 import io
 import os
 import stat
@@ -27,7 +26,8 @@ from PIL import (
 
 from convnet.data import headers
 from convnet.data.headers import MAX_PIXELS
-from convnet.data.resize import Resize, fit, resized
+from convnet.data.modes import correct_transparency, to_8_bits
+from convnet.data.resize import Resize, Stored, fit, resized
 from convnet.errors import ConvnetError
 
 try:
@@ -49,10 +49,14 @@ FORMATS = tuple(_PLUGINS)
 # Within the limit of pixels no format needs more: four channels of 16 bits.
 MAX_BYTES = 8 * MAX_PIXELS
 _TILE_TAGS = (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH)
-# 16-bit grayscale in either byte order.
-_DEEP_GRAY = ("I;16", "I;16L", "I;16B", "I;16N")
-_GRAY_STEPS = {"L;2": 85, "L;4": 17, "L": 1}  # by how much PNG's levels are spread
+# EXIF orientations to be mirrored left to right, and upside down; from 5 on, the sides
+# change places first.
+_MIRRORED, _FLIPPED = (2, 3, 6, 7), (3, 4, 7, 8)
 _LONGEST_REASON = 200
+# What remains of a JPEG that is decoded at reduced scale, at least, in sides of the
+# result: then the antialiased resize that follows gives nearly what it gives of the
+# whole picture (docs/performance.md, "Input").
+LEAST_LEFT = 1.15
 
 
 class DecodeError(ConvnetError):
@@ -77,7 +81,7 @@ def decode(
 
     EXIF orientation is applied, palettes and CMYK are converted, transparency is laid
     over white, 16-bit grayscale is scaled to 8 bits, 16-bit colour keeps its high byte.
-    A JPEG that is at least four times larger than needed is decoded at reduced scale.
+    A JPEG that is at least 2.3 times as large as needed is decoded at reduced scale.
 
     Args:
         data: the file's bytes, or its path.
@@ -94,22 +98,27 @@ def decode(
     """
     mode = {1: "L", 3: "RGB"}[channels]
     data = _read(data, id)
-    pixels = _quick_jpeg(data, size, resize) if channels == 3 else None
-    if pixels is None:
-        image, orientation = _opened(data, id)
-        try:
-            if size and image.format == "JPEG":
-                scale = _reduction(*image.size, size, resize)
-                image.draft(None, tuple(max(1, side // scale) for side in image.size))
-            image = _to_8_bits(image, mode)
-        except Exception as error:  # Pillow's plugins raise almost anything
-            raise DecodeError(id, _reason(error)) from None
-        if orientation != 1:
-            image = Image.fromarray(_upright(np.asarray(image), orientation))
+    quick = _quick_jpeg(data, size, resize) if channels == 3 else None
+    if quick is not None:
+        pixels, stored = quick
         if size:
-            image = resized(image, size, resize)
-        return np.array(image).reshape(image.height, image.width, channels)
-    return fit(pixels, size, resize) if size else np.ascontiguousarray(pixels)
+            return fit(pixels, size, resize, stored)
+        return np.ascontiguousarray(pixels)
+    image, orientation = _opened(data, id)
+    try:
+        (width, height), scale = image.size, 1
+        if size and image.format == "JPEG":
+            scale = _reduction(width, height, size, resize)
+            image.draft(None, (max(1, width // scale), max(1, height // scale)))
+        image = to_8_bits(image, mode)
+    except Exception as error:  # Pillow's plugins raise almost anything
+        raise DecodeError(id, _reason(error)) from None
+    if orientation != 1:
+        image = Image.fromarray(_upright(np.asarray(image), orientation))
+    if size:
+        stored = _stored(width, height, scale, orientation) if scale > 1 else None
+        image = resized(image, size, resize, stored)
+    return np.array(image).reshape(image.height, image.width, channels)
 
 
 def shape(data: bytes | str | Path, id: str) -> tuple[int, int]:
@@ -168,7 +177,9 @@ def _read(data: bytes | str | Path, id: str) -> bytes:
     return data
 
 
-def _quick_jpeg(data: bytes, size: int, resize: Resize) -> np.ndarray | None:
+def _quick_jpeg(
+    data: bytes, size: int, resize: Resize
+) -> tuple[np.ndarray, Stored] | None:
     """A faultless JPEG's pixels, RGB and upright; None leaves the file to Pillow."""
     if simplejpeg is None or headers.kind(data) != "JPEG":
         return None
@@ -184,7 +195,9 @@ def _quick_jpeg(data: bytes, size: int, resize: Resize) -> np.ndarray | None:
         )
     except Exception:  # CMYK, or a fault: Pillow says which, or puts up with it
         return None
-    return _upright(pixels, headers.orientation(headers.jpeg_exif(data)))
+    orientation = headers.orientation(headers.jpeg_exif(data))
+    stored = _stored(width, height, scale, orientation)
+    return _upright(pixels, orientation), stored
 
 
 def _opened(data: bytes, id: str) -> tuple[ImageFile.ImageFile, int]:
@@ -201,7 +214,7 @@ def _opened(data: bytes, id: str) -> tuple[ImageFile.ImageFile, int]:
         if kind == "JPEG":
             headers.check_scans(data, *image.size)
         elif kind == "PNG":
-            _correct_transparency(image)
+            correct_transparency(image)
         elif kind == "TIFF":
             # One tile is held in memory, whatever the size of the image.
             headers.check_size(*(image.tag_v2.get(tag, 1) for tag in _TILE_TAGS))
@@ -227,65 +240,34 @@ def _reason(error: Exception) -> str:
 def _reduction(width: int, height: int, size: int, resize: Resize) -> int:
     """By how much to reduce a JPEG while it is decoded.
 
-    Twice the wanted size remains, so that the antialiased resize that follows still
-    averages at least 2x2 pixels. From 8 pixels on, both decoders take the same scale.
+    From 8 pixels on, both decoders take the same scale.
     """
     side = max(width, height) if resize.rule == "pad" else min(width, height)
     whole = resize.whole(size)
     for scale in (8, 4, 2):
-        if side >= 2 * whole * scale and min(width, height) >= 8:
+        if side >= LEAST_LEFT * whole * scale and min(width, height) >= 8:
             return scale
     return 1
+
+
+def _stored(width: int, height: int, scale: int, orientation: int) -> Stored:
+    """The picture, upright, of which a version at reduced scale was decoded.
+
+    Its last pixels may lie in part beyond the picture: the first ones, once mirrored.
+    """
+    if orientation >= 5:
+        width, height = height, width
+    beyond = -width % scale / scale, -height % scale / scale
+    mirrored = orientation in _MIRRORED, orientation in _FLIPPED
+    start = beyond[0] * mirrored[0], beyond[1] * mirrored[1]
+    return Stored((width, height), scale, start)
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
+    if orientation in _MIRRORED:
         pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
+    if orientation in _FLIPPED:
         pixels = pixels[::-1]
     return pixels
-
-
-def _correct_transparency(image: ImageFile.ImageFile) -> None:
-    """Brings a PNG's transparent colour to the 8 bits that Pillow gives its pixels."""
-    colour, stored = image.info.get("transparency"), image.tile[0].args
-    if stored in _GRAY_STEPS and isinstance(colour, int):
-        image.info["transparency"] = colour * _GRAY_STEPS[stored] & 255
-    elif stored == "RGB;16B" and colour is not None:
-        image.info["transparency"] = tuple(level >> 8 for level in colour)
-
-
-def _to_8_bits(image: ImageFile.ImageFile, mode: str) -> Image.Image:
-    """Loads an image of any Pillow mode -> "RGB" or "L"."""
-    if image.mode in _DEEP_GRAY:
-        return _deep_gray(image).convert(mode)
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            "32-bit pixels have no defined white; convert the image to 8 or 16 bits"
-        )
-    image.load()
-    if not image.has_transparency_data:
-        return image if image.mode == mode else image.convert(mode)
-    if image.mode != "RGBA":
-        image = image.convert("RGBA")
-    over_white = Image.new("RGB", image.size, "white")
-    over_white.paste(image, mask=image)
-    return over_white.convert(mode)
-
-
-def _deep_gray(image: ImageFile.ImageFile) -> Image.Image:
-    """12 or 16 bits -> 8, to the nearest: 0 stays 0 and white becomes 255."""
-    levels = _levels(4095 if image.tile[0].args[0] == "I;12" else 65535)
-    transparent = image.info.get("transparency")
-    if transparent is not None:  # a level of a PNG
-        levels = levels.copy()
-        levels[transparent] = 255
-    return Image.fromarray(levels[np.asarray(image)])
-
-
-@functools.cache
-def _levels(white: int) -> np.ndarray:
-    levels = (np.arange(65536) * 255 + white // 2) // white
-    return np.minimum(levels, 255).astype(np.uint8)

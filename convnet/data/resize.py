@@ -50,13 +50,38 @@ class Resize(NamedTuple):
         return math.floor(size / self.crop_fraction + 1e-6)
 
 
-def fit(pixels: np.ndarray, size: int, resize: Resize) -> np.ndarray:
+class Stored(NamedTuple):
+    """The picture of which some pixels are a version at reduced scale.
+
+    Attributes:
+        size: its width and height in pixels.
+        scale: how many of its pixels one pixel covers, along either side.
+        start: x and y in the pixels at hand of its upper left corner: above 0 where
+            the first pixel lies in part beyond it.
+    """
+
+    size: tuple[int, int]
+    scale: int = 1
+    start: tuple[float, float] = (0.0, 0.0)
+
+    def box(self, region: tuple[float, ...]) -> tuple[float, ...]:
+        """Left, top, right and bottom of a region, in the pixels at hand."""
+        return tuple(
+            start + side / self.scale
+            for start, side in zip(self.start * 2, region, strict=True)
+        )
+
+
+def fit(
+    pixels: np.ndarray, size: int, resize: Resize, stored: Stored | None = None
+) -> np.ndarray:
     """Resizes pixels by the rules of `Resize`.
 
     Args:
         pixels: uint8 (h, w, 1 or 3).
         size: side of the result in pixels.
         resize: how.
+        stored: the picture, where `pixels` hold it at reduced scale.
 
     Returns:
         uint8 (size, size, 1 or 3), a fresh array.
@@ -65,28 +90,34 @@ def fit(pixels: np.ndarray, size: int, resize: Resize) -> np.ndarray:
         ConvnetError: there is no such rule.
     """
     height, width, channels = pixels.shape
+    stored = stored or Stored((width, height))
     if resize.whole(size) == size:
-        left, top, right, bottom = _region(width, height, resize)
+        (left, top, right, bottom), stored = _cut(resize, stored)
         pixels = pixels[top:bottom, left:right]
         if pixels.shape[:2] == (size, size):
             return pixels.copy()
     image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-    return np.array(resized(image, size, resize)).reshape(size, size, channels)
+    image = resized(image, size, resize, stored)
+    return np.array(image).reshape(size, size, channels)
 
 
-def resized(image: Image.Image, size: int, resize: Resize) -> Image.Image:
+def resized(
+    image: Image.Image, size: int, resize: Resize, stored: Stored | None = None
+) -> Image.Image:
     """Does what `fit` does to an image of mode "RGB" or "L"; may return it as it is."""
-    region, whole = _region(*image.size, resize), resize.whole(size)
+    stored, whole = stored or Stored(image.size), resize.whole(size)
     if whole > size:
-        return _centre(image, size, whole, resize)
-    if region != (0, 0, *image.size):
-        image = image.crop(region)
+        return _centre(image, size, whole, resize, stored)
+    part, stored = _cut(resize, stored)
+    if part != (0, 0, *image.size):
+        image = image.crop(part)
     target = size, size
     if resize.rule == "pad":
-        scale = size / max(image.size)
-        target = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        scale = size / max(stored.size)
+        target = tuple(max(1, round(side * scale)) for side in stored.size)
     if image.size != target:
-        image = image.resize(target, _FILTERS[resize.interpolation])
+        box = stored.box((0, 0, *stored.size))
+        image = image.resize(target, _FILTERS[resize.interpolation], box)
     if target == (size, size):
         return image
     result = Image.new(image.mode, (size, size))
@@ -94,28 +125,38 @@ def resized(image: Image.Image, size: int, resize: Resize) -> Image.Image:
     return result
 
 
-def _centre(image: Image.Image, size: int, whole: int, resize: Resize) -> Image.Image:
+def _cut(resize: Resize, stored: Stored) -> tuple[tuple[int, ...], Stored]:
+    """What to cut out of the pixels at hand, and what is stored of the part."""
+    left, top, right, bottom = _region(*stored.size, resize)
+    box = stored.box((left, top, right, bottom))
+    part = (*map(math.floor, box[:2]), *map(math.ceil, box[2:]))
+    start = box[0] - part[0], box[1] - part[1]
+    return part, Stored((right - left, bottom - top), stored.scale, start)
+
+
+def _centre(
+    image: Image.Image, size: int, whole: int, resize: Resize, stored: Stored
+) -> Image.Image:
     """The middle `size` pixels of the image scaled to a square of `whole` pixels.
 
     Only they are computed, from all pixels that the filter weighs for them: the same
     numbers as those of scaling the whole image and cutting out the centre.
     """
     if resize.rule == "pad":
-        image = resized(image, whole, resize._replace(crop_fraction=1.0))
+        image = resized(image, whole, resize._replace(crop_fraction=1.0), stored)
         left = top = round((whole - size) / 2)
         return image.crop((left, top, left + size, top + size))
     scaled = whole, whole
     if resize.rule == "crop":
-        short = min(image.size)
-        scaled = tuple(whole * side // short for side in image.size)
-    box = []
-    for side, pixels in zip(image.size, scaled, strict=True):
+        short = min(stored.size)
+        scaled = tuple(whole * side // short for side in stored.size)
+    region = []
+    for side, pixels in zip(stored.size, scaled, strict=True):
         start = round((pixels - size) / 2)
-        box.append((start * side / pixels, (start + size) * side / pixels))
-    (left, right), (top, bottom) = box
-    return image.resize(
-        (size, size), _FILTERS[resize.interpolation], (left, top, right, bottom)
-    )
+        region.append((start * side / pixels, (start + size) * side / pixels))
+    (left, right), (top, bottom) = region
+    box = stored.box((left, top, right, bottom))
+    return image.resize((size, size), _FILTERS[resize.interpolation], box)
 
 
 def _region(width: int, height: int, resize: Resize) -> tuple[int, int, int, int]:
