@@ -16,6 +16,8 @@ from tqdm import tqdm
 from convnet.errors import ConvnetError
 from convnet.step import TrainState
 
+_SEAL = "about/sha256"
+
 
 def flat(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a tree by their paths, "base/stem/conv/kernel", sorted."""
@@ -41,6 +43,11 @@ def result_sha256(state: TrainState) -> str:
     """Returns `params/sha256`: params, batch statistics and EMA where there is one."""
     tree = {"params": state.params, "batch_stats": state.batch_stats}
     return sha256(tree if state.ema is None else {**tree, "ema": state.ema})
+
+
+def _seal(about: dict[str, Any]) -> str:
+    """The hash of the values that are kept with a state."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _score(metrics: dict[str, float]) -> float:
@@ -105,14 +112,13 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        about = {**about, "sha256": sha256(state), "step": step}
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(flat(state)),
-                    about=ocp.args.JsonSave(
-                        {**about, "sha256": sha256(state), "step": step}
-                    ),
+                    about=ocp.args.JsonSave({**about, _SEAL: _seal(about)}),
                 ),
                 metrics=None if score is None else {"score": float(score)},
                 force=True,
@@ -175,7 +181,7 @@ class Checkpoints:
         if steps:
             raise ConvnetError(
                 f"no checkpoint in {self.folder} can be read; to train from the start,"
-                " remove the workdir or choose another"
+                " run the same command again"
             )
         return None
 
@@ -198,9 +204,14 @@ class Checkpoints:
             state,
         )
         restored = jax.tree.map(found["state"].__getitem__, paths)
-        if sha256(restored) != found["about"]["sha256"]:
+        about = found["about"]
+        # Older ones have no seal.
+        seal = about.pop(_SEAL, None)
+        if sha256(restored) != about["sha256"] or seal not in (None, _seal(about)):
             raise ConvnetError("its content does not match its hash")
-        return restored, found["about"]
+        if about["step"] != step:
+            raise ConvnetError(f"it is that of step {about['step']}")
+        return restored, about
 
     def _set_aside(self, step: int) -> Path:
         aside = self.folder.parent / "corrupt" / str(step)

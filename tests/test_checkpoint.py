@@ -1,6 +1,7 @@
 """Checkpoints: bit for bit, the right ones kept, damage noticed, failures named."""
 
 import hashlib
+import json
 import resource
 import shutil
 import time
@@ -207,9 +208,35 @@ def change_what_is_said(folder):
     about.write_bytes(about.read_bytes().replace(digest, b"0" * 64))
 
 
+def change_a_number(folder):
+    """Nothing of the state, and JSON as before."""
+    path = folder / "about" / "metadata"
+    assert b'"best": 0.25' in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(b'"best": 0.25', b'"best": 0.35'))
+
+
+def another_steps(folder):
+    """Sound in itself, but not what its name says."""
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parent / "1", folder)
+
+
+def no_state(folder):
+    shutil.rmtree(folder / "state")
+
+
 @pytest.mark.parametrize(
     "damage",
-    [flip_a_byte, shorten_a_file, delete_a_file, empty, change_what_is_said],
+    [
+        flip_a_byte,
+        shorten_a_file,
+        delete_a_file,
+        empty,
+        change_what_is_said,
+        change_a_number,
+        another_steps,
+        no_state,
+    ],
 )
 def test_a_damaged_checkpoint_is_set_aside(opened, tmp_path, capsys, damage):
     fill(opened(), 1, 2)
@@ -225,6 +252,32 @@ def test_a_damaged_checkpoint_is_set_aside(opened, tmp_path, capsys, damage):
     assert str(tmp_path / "corrupt" / "2") in printed
     assert [p.name for p in files(tmp_path / "corrupt" / "2")] == damaged
     assert again.steps() == [1]
+
+
+def test_what_is_no_checkpoint_is_left_alone(opened, tmp_path):
+    fill(opened(), 1)
+    folder = tmp_path / "checkpoints"
+    (folder / ".DS_Store").write_bytes(b"x")
+    (folder / "3").write_bytes(b"x")
+    (folder / "lost+found").mkdir()
+    shutil.copytree(folder / "1", folder / "1 (copy)")
+    again = opened()
+    assert again.steps() == [1]
+    assert_same_bits(again.restore(make_state(0))[0], make_state(1))
+    fill(again, 2)
+    assert again.steps() == [1, 2]
+    names = {".DS_Store", "3", "lost+found", "1 (copy)"}
+    assert names < {p.name for p in folder.iterdir()}
+    assert not (tmp_path / "corrupt").exists()
+
+
+def test_an_older_checkpoint_says_less_of_itself(opened, tmp_path):
+    fill(opened(), 1)
+    path = tmp_path / "checkpoints" / "1" / "about" / "metadata"
+    about = json.loads(path.read_text())
+    del about[checkpoint_lib._SEAL]
+    path.write_text(json.dumps(about))
+    assert opened().restore(make_state(0))[1]["step"] == 1
 
 
 def test_a_step_that_is_damaged_twice(opened, tmp_path):
@@ -268,7 +321,7 @@ def test_all_damaged(opened, tmp_path, capsys):
     assert f"no checkpoint in {tmp_path / 'checkpoints'} can be read" in str(
         error.value
     )
-    assert "remove the workdir or choose another" in str(error.value)
+    assert "run the same command again" in str(error.value)
     assert {p.name for p in (tmp_path / "corrupt").iterdir()} == {"1", "2"}
     assert capsys.readouterr().out.count("is corrupt") == 2
 
