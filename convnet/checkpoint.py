@@ -66,11 +66,17 @@ def _drop_broken_scores(folder: Path) -> None:
 class Checkpoints:
     """The folder `checkpoints/` of a run: the newest n and the best one.
 
-    Each holds the state, its hash, and a few plain values.
+    Each holds the state, its hash, and a few plain values. Without `keep` they are only
+    read: nothing in the folder changes.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int | None) -> None:
         self.folder = folder.absolute()
+        if keep is None:
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=ocp.CheckpointManagerOptions(read_only=True)
+            )
+            return
         _drop_broken_scores(self.folder)
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -165,7 +171,8 @@ class Checkpoints:
           The state, and `about` with `step`, or None if there is no checkpoint.
 
         Raises:
-          ConvnetError: there are checkpoints, and none is whole.
+          ConvnetError: there are checkpoints, and none is whole; or a corrupt one
+            cannot be moved.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -173,10 +180,10 @@ class Checkpoints:
                 return self.read(step, state)
             except Exception as error:  # Whatever a damaged file can raise.
                 reason = " ".join(str(error).split())[:200]
-                aside = self._set_aside(step)
+                corrupt = f"checkpoint {step} is corrupt ({reason})"
+                aside = self._set_aside(step, corrupt)
                 tqdm.write(
-                    f"warning: checkpoint {step} is corrupt ({reason}); moved to"
-                    f" {aside}, trying the one before"
+                    f"warning: {corrupt}; moved to {aside}, trying the one before"
                 )
         if steps:
             raise ConvnetError(
@@ -213,11 +220,19 @@ class Checkpoints:
             raise ConvnetError(f"it is that of step {about['step']}")
         return restored, about
 
-    def _set_aside(self, step: int) -> Path:
+    def _set_aside(self, step: int, corrupt: str) -> Path:
         aside = self.folder.parent / "corrupt" / str(step)
-        aside.parent.mkdir(exist_ok=True)
-        if aside.exists():
-            shutil.rmtree(aside)
-        (self.folder / str(step)).rename(aside)
+        try:
+            aside.parent.mkdir(exist_ok=True)
+            if aside.exists():
+                shutil.rmtree(aside)
+            # Not `rename`: checkpoints may lie on another disk.
+            shutil.move(self.folder / str(step), aside)
+        except OSError as error:
+            raise ConvnetError(
+                f"{corrupt}, and cannot be moved from {self.folder} to {aside}:"
+                f" {error.strerror or error}; move or remove it, and run the same"
+                " command again"
+            ) from error
         self._manager.reload()
         return aside

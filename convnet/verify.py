@@ -126,9 +126,9 @@ def verify_workdir(
     workdir.lock()
     folder = workdir.path / "checkpoints"
     if not folder.is_dir():
-        findings.skip("checkpoints", "there are none")
+        findings.add("checkpoints", result is None, "there are none")
         return
-    checkpoints = checkpoint_lib.Checkpoints(folder, config.checkpoint.keep)
+    checkpoints = checkpoint_lib.Checkpoints(folder, keep=None)
     try:
         it.state = initial_state(it)
         states = {0: it.state} | _read(findings, checkpoints, it.state)

@@ -48,7 +48,10 @@ class Workdir:
         Raises:
           ConvnetError: another process trains here.
         """
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
+        try:
+            self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
+        except OSError:  # A place where one can only read, as `verify` does.
+            return
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -171,7 +174,11 @@ class Workdir:
             )
         if rows:
             write(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._events = EventFile(self.path / "tensorboard", step + 1)
+        folder = self.path / "tensorboard"
+        try:
+            self._events = EventFile(folder, step + 1)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
 
     def history(self) -> list[dict[str, Any]]:
         """Returns the rows of metrics.jsonl without a line that a kill cut short."""

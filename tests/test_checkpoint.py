@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, the right ones kept, damage noticed, failures named."""
 
+import errno
 import hashlib
 import json
 import resource
@@ -310,6 +311,22 @@ def test_no_flipped_byte_goes_unnoticed(opened, tmp_path):
             assert_same_bits(found, make_state(about["step"]))
             set_aside += about["step"] == 1
     assert set_aside >= 3
+
+
+def test_a_damaged_one_that_cannot_be_moved_is_named(opened, tmp_path, monkeypatch):
+    fill(opened(), 1, 2)
+    delete_a_file(tmp_path / "checkpoints" / "2")
+
+    def refuse(*arguments):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(shutil, "move", refuse)
+    with pytest.raises(ConvnetError) as error:
+        opened().restore(make_state(0))
+    assert "checkpoint 2 is corrupt" in str(error.value)
+    assert str(tmp_path / "checkpoints") in str(error.value)
+    assert "Read-only file system; move or remove it" in str(error.value)
+    assert (tmp_path / "checkpoints" / "2").is_dir()
 
 
 def test_all_damaged(opened, tmp_path, capsys):
