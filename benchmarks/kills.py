@@ -1,7 +1,7 @@
 """Whether a run that is killed (-9) and started again ends in the same bits.
 
 usage: python -m benchmarks.kills [--cases=digits,cifar10,folder] [--kills=20]
-           [--cifar10_dir=DIR] [--output=FILE.json]
+           [--cifar10_dir=DIR] [--set=train.steps=20] [--output=FILE.json]
 
 Each case is trained once undisturbed, as the program of its own that a user starts;
 then again in another workdir, killed at random moments, and started again each time.
@@ -40,7 +40,7 @@ from convnet.workdir import Workdir
 
 PEER = "undisturbed"
 _HASH = "params/sha256"
-PHASES = ("start", "train", "evaluate", "save", "finish")
+PHASES = ("save", "train", "start", "evaluate", "finish")
 _POLL_SECONDS = 0.002
 _LATER_SECONDS = 0.05  # a kill comes up to so long after its moment
 _LONGEST_SECONDS = 600  # that anything may take
@@ -110,12 +110,17 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
         "where cifar10 lies as TFDS prepared it; by default it is downloaded",
         flag_values=values,
     )
+    flags.DEFINE_multi_string(
+        "set", [], "KEY=VALUE of the config, as train.steps=20", flag_values=values
+    )
     flags.DEFINE_integer("seed", 0, "of the moments", flag_values=values)
-    for name, default, meaning in (
-        ("kills", 20, "in all, shared among the cases"),
-        ("steps", 0, "of a run, 0: as the case has it"),
-    ):
-        flags.DEFINE_integer(name, default, meaning, lower_bound=0, flag_values=values)
+    flags.DEFINE_integer(
+        "kills",
+        20,
+        "in all, shared among the cases",
+        lower_bound=1,
+        flag_values=values,
+    )
 
 
 def main(values: flags.FlagValues) -> int:
@@ -128,8 +133,7 @@ def main(values: flags.FlagValues) -> int:
         rng = random.Random(f"{values.seed} {name}")
         with tempfile.TemporaryDirectory() as folder:
             flags_of_run = [*CASES[name], *_EVERY]
-            if values.steps:
-                flags_of_run.append(f"--config.train.steps={values.steps}")
+            flags_of_run += [f"--config.{override}" for override in values.set]
             if name == "folder":
                 _write_pictures(Path(folder) / "pictures")
                 flags_of_run.append(f"--config.data.dir={folder}/pictures")

@@ -128,7 +128,11 @@ def verify_workdir(
     if not folder.is_dir():
         findings.add("checkpoints", result is None, "there are none")
         return
-    checkpoints = checkpoint_lib.Checkpoints(folder, keep=None)
+    try:
+        checkpoints = checkpoint_lib.Checkpoints(folder, keep=None)
+    except ValueError as error:  # Orbax reads all scores.
+        findings.add("checkpoints", False, f"a file metrics/metrics is broken: {error}")
+        return
     try:
         it.state = initial_state(it)
         states = {0: it.state} | _read(findings, checkpoints, it.state)

@@ -46,8 +46,6 @@ def test_all_of_a_run_holds_and_nothing_in_it_changes(workdir, capsys):
         return {p.relative_to(workdir): p.read_bytes() for p in files}
 
     # What training would tidy away.
-    (score,) = workdir.glob("checkpoints/12/metrics/metrics")
-    score.write_text("{")
     half = workdir / "checkpoints" / "14.orbax-checkpoint-tmp"
     half.mkdir()
     before = content()
@@ -126,6 +124,10 @@ def other_weights(workdir):
         ),
         (lambda w: flip(w / "model.safetensors"), "model file"),
         (lambda w: shutil.rmtree(w / "checkpoints"), "checkpoints"),
+        (
+            lambda w: (w / "checkpoints/12/metrics/metrics").write_text("{"),
+            "checkpoints",
+        ),
         (lambda w: shutil.rmtree(w / "checkpoints" / "12"), "result"),
         (other_weights, "model's weights"),
     ],
