@@ -28,11 +28,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from absl import flags
-from PIL import Image
 
+from benchmarks import kills_cases
 from benchmarks import table as table_lib
+from benchmarks.kills_cases import CASES, EVERY
 from benchmarks.table import Row, Table
 from convnet import cli
 from convnet.errors import ConvnetError
@@ -46,56 +46,6 @@ _LATER_SECONDS = 0.05  # a kill comes up to so long after its moment
 _LONGEST_SECONDS = 600  # that anything may take
 _ORPHANS_SECONDS = 20  # in which workers without a main process must be gone
 _TIMES = ("images_per_second", "input_wait")
-
-_DIGITS = (
-    "--config=experiments/digits.py",
-    "--config.data.train_limit=512",
-    "--config.data.test_limit=128",
-    "--config.data.batch_size=64",
-    "--config.train.steps=96",
-    "--config.train.eval_every=2",
-)
-# Every option that draws at random or keeps a state of its own.
-_CIFAR10 = (
-    "--config=experiments/cifar10_cnn.py",
-    "--config.data.train_limit=512",
-    "--config.data.test_limit=128",
-    "--config.data.batch_size=32",
-    "--config.augment.crop_pad=4",
-    "--config.augment.resized_crop=(0.5,1.0)",
-    *(f"--config.augment.{name}=10.0" for name in ("rotate", "shear")),
-    *(
-        f"--config.augment.{name}=0.2"
-        for name in ("zoom", "brightness", "contrast", "saturation", "erase")
-    ),
-    "--config.augment.mixup=0.2",
-    "--config.augment.cutmix=1.0",
-    "--config.augment.trivial=True",
-    "--config.model.widths=(8,16)",
-    "--config.model.norm=batch",
-    "--config.model.dense=(64,)",
-    "--config.model.dtype=bfloat16",
-    "--config.task.label_smoothing=0.1",
-    "--config.optimizer.name=muon",
-    "--config.optimizer.clip_norm=1.0",
-    "--config.optimizer.accumulate=2",
-    "--config.optimizer.ema=0.9",
-    "--config.train.steps=64",
-    "--config.train.eval_every=1",
-)
-_FOLDER = (
-    "--config=experiments/cats_vs_dogs.py",
-    "--config.data.placement=stream",
-    "--config.data.workers=2",
-    "--config.data.image_size=48",
-    "--config.data.batch_size=16",
-    "--config.model.widths=(8,16)",
-    "--config.train.steps=96",
-    "--config.train.eval_every=2",
-)
-CASES = {"digits": _DIGITS, "cifar10": _CIFAR10, "folder": _FOLDER}
-# Besides those of evaluations.
-_EVERY = ("--config.checkpoint.every_steps=10", "--config.train.log_every=1")
 
 
 def define(values: flags.FlagValues, argv: list[str]) -> None:
@@ -132,28 +82,16 @@ def main(values: flags.FlagValues) -> int:
         kills = len(range(place, values.kills, len(names)))
         rng = random.Random(f"{values.seed} {name}")
         with tempfile.TemporaryDirectory() as folder:
-            flags_of_run = [*CASES[name], *_EVERY]
+            flags_of_run = [*CASES[name], *EVERY]
             flags_of_run += [f"--config.{override}" for override in values.set]
             if name == "folder":
-                _write_pictures(Path(folder) / "pictures")
+                kills_cases.write_pictures(Path(folder) / "pictures")
                 flags_of_run.append(f"--config.data.dir={folder}/pictures")
             if name == "cifar10" and values.cifar10_dir:
                 data = Path(values.cifar10_dir).expanduser().absolute()
                 flags_of_run.append(f"--config.data.dir={data}")
             fine &= _Case(table, name, Path(folder), flags_of_run, rng).run(kills)
     return 0 if fine else 1
-
-
-def _write_pictures(folder: Path) -> None:
-    """Two classes, told apart by their brightness."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 64), ("test", 24)):
-        for name, brightness in (("day", 160), ("night", 80)):
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.normal(brightness, 40, (60 + i % 5, 64, 3))
-                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-                image.save(folder / split / name / f"{i}.jpg")
 
 
 @dataclasses.dataclass
@@ -199,7 +137,7 @@ class _Case:
         steps = map(self._resumed, self._logs[1:])
         resumed = ", ".join(str(step) for step in steps if step is not None)
         note = ", ".join(f"{n} {what}" for what, n in found.items())
-        self._table.note(f"killed {note}; resumed from steps {resumed}")
+        self._table.note(f"killed {note}; resumed from steps {resumed or None}")
         self._add("kills", "kills", len(kills) - found["too late"])
         self._add("kills/while_saving", "kills", found["saving"])
         self._add("kills/workers_left_over", "kills", left_over)
