@@ -16,6 +16,8 @@ from tqdm import tqdm
 from convnet.errors import ConvnetError
 from convnet.step import TrainState
 
+_SEAL = "about/sha256"
+
 
 def flat(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a tree by their paths, "base/stem/conv/kernel", sorted."""
@@ -43,6 +45,11 @@ def result_sha256(state: TrainState) -> str:
     return sha256(tree if state.ema is None else {**tree, "ema": state.ema})
 
 
+def _seal(about: dict[str, Any]) -> str:
+    """The hash of the values that are kept with a state."""
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
 def _score(metrics: dict[str, float]) -> float:
     return metrics.get("score", -math.inf)
 
@@ -59,11 +66,17 @@ def _drop_broken_scores(folder: Path) -> None:
 class Checkpoints:
     """The folder `checkpoints/` of a run: the newest n and the best one.
 
-    Each holds the state, its hash, and a few plain values.
+    Each holds the state, its hash, and a few plain values. Without `keep` they are only
+    read: nothing in the folder changes.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int | None) -> None:
         self.folder = folder.absolute()
+        if keep is None:
+            self._manager = ocp.CheckpointManager(
+                self.folder, options=ocp.CheckpointManagerOptions(read_only=True)
+            )
+            return
         _drop_broken_scores(self.folder)
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -105,14 +118,13 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        about = {**about, "sha256": sha256(state), "step": step}
         try:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(flat(state)),
-                    about=ocp.args.JsonSave(
-                        {**about, "sha256": sha256(state), "step": step}
-                    ),
+                    about=ocp.args.JsonSave({**about, _SEAL: _seal(about)}),
                 ),
                 metrics=None if score is None else {"score": float(score)},
                 force=True,
@@ -159,7 +171,8 @@ class Checkpoints:
           The state, and `about` with `step`, or None if there is no checkpoint.
 
         Raises:
-          ConvnetError: there are checkpoints, and none is whole.
+          ConvnetError: there are checkpoints, and none is whole; or a corrupt one
+            cannot be moved.
         """
         steps = self.steps()
         for step in reversed(steps):
@@ -167,15 +180,15 @@ class Checkpoints:
                 return self.read(step, state)
             except Exception as error:  # Whatever a damaged file can raise.
                 reason = " ".join(str(error).split())[:200]
-                aside = self._set_aside(step)
+                corrupt = f"checkpoint {step} is corrupt ({reason})"
+                aside = self._set_aside(step, corrupt)
                 tqdm.write(
-                    f"warning: checkpoint {step} is corrupt ({reason}); moved to"
-                    f" {aside}, trying the one before"
+                    f"warning: {corrupt}; moved to {aside}, trying the one before"
                 )
         if steps:
             raise ConvnetError(
                 f"no checkpoint in {self.folder} can be read; to train from the start,"
-                " remove the workdir or choose another"
+                " run the same command again"
             )
         return None
 
@@ -198,15 +211,28 @@ class Checkpoints:
             state,
         )
         restored = jax.tree.map(found["state"].__getitem__, paths)
-        if sha256(restored) != found["about"]["sha256"]:
+        about = found["about"]
+        # Older ones have no seal.
+        seal = about.pop(_SEAL, None)
+        if sha256(restored) != about["sha256"] or seal not in (None, _seal(about)):
             raise ConvnetError("its content does not match its hash")
-        return restored, found["about"]
+        if about["step"] != step:
+            raise ConvnetError(f"it is that of step {about['step']}")
+        return restored, about
 
-    def _set_aside(self, step: int) -> Path:
+    def _set_aside(self, step: int, corrupt: str) -> Path:
         aside = self.folder.parent / "corrupt" / str(step)
-        aside.parent.mkdir(exist_ok=True)
-        if aside.exists():
-            shutil.rmtree(aside)
-        (self.folder / str(step)).rename(aside)
+        try:
+            aside.parent.mkdir(exist_ok=True)
+            if aside.exists():
+                shutil.rmtree(aside)
+            # Not `rename`: checkpoints may lie on another disk.
+            shutil.move(self.folder / str(step), aside)
+        except OSError as error:
+            raise ConvnetError(
+                f"{corrupt}, and cannot be moved from {self.folder} to {aside}:"
+                f" {error.strerror or error}; move or remove it, and run the same"
+                " command again"
+            ) from error
         self._manager.reload()
         return aside

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,10 +56,11 @@ def run(
     """
     signal.signal(signal.SIGTERM, _terminate)
     # What goes wrong in Orbax's threads reaches us as an exception of its own; without
-    # these three it would also be printed, with tracebacks.
+    # these four it would also be printed, with tracebacks.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited")
     try:
         rest: list[str] | None = [] if takes_arguments else None
         values = parse(sys.argv, define, usage, rest)

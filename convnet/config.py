@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Collection
 from typing import Any
 
 import ml_collections
@@ -337,11 +338,12 @@ def result_keys(config: ml_collections.ConfigDict) -> dict[str, Any]:
     return json.loads(json.dumps(values))
 
 
-def sha256(config: ml_collections.ConfigDict) -> str:
-    """Returns the hash of the keys that change the result."""
-    return hashlib.sha256(
-        json.dumps(result_keys(config), sort_keys=True).encode()
-    ).hexdigest()
+def sha256(
+    config: ml_collections.ConfigDict, without: Collection[str] = frozenset()
+) -> str:
+    """Returns the hash of the keys that change the result, `without` some of them."""
+    values = {k: v for k, v in result_keys(config).items() if k not in without}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def describe() -> str:

@@ -20,9 +20,14 @@ def write(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        raise ConvnetError(
-            f"{path} cannot be written: {error.strerror or error}; make room, and run"
-            " the same command again"
-        ) from error
+        raise cannot_write(path, error) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> ConvnetError:
+    """Returns the error of a file that cannot be written."""
+    return ConvnetError(
+        f"{path} cannot be written: {error.strerror or error}; make room, and run the"
+        " same command again"
+    )

@@ -57,7 +57,7 @@ class Loop:
         """
         it = self._it
         self._progress = Progress(self._start, it.total_steps)
-        dispatches = self._dispatches()
+        dispatches = self._dispatches(it.total_steps)
         with Signals() as signals:
             try:
                 # Off the clock: opening the data, starting workers.
@@ -79,7 +79,7 @@ class Loop:
     def replay(self, stop: int) -> None:
         """Trains to step `stop`, without a log, an evaluation or a checkpoint."""
         it, self._clock = self._it, 0.0
-        with contextlib.closing(self._dispatches()) as dispatches:
+        with contextlib.closing(self._dispatches(stop)) as dispatches:
             while self._done < stop:
                 steps, batch = next(dispatches)
                 train = self._train(steps, batch)
@@ -87,8 +87,8 @@ class Loop:
                 jax.block_until_ready(metrics)
                 self._done += steps
 
-    def _dispatches(self) -> Iterator[tuple[int, Any]]:
-        """Yields how many steps go together, and their batch; stacked if several.
+    def _dispatches(self, end: int) -> Iterator[tuple[int, Any]]:
+        """Yields how many steps go together until `end`, and their batch or stack.
 
         Where one ends depends on the step alone, not on where a run was resumed.
         """
@@ -96,14 +96,15 @@ class Loop:
         split = it.split("train")
         together = self._steps_together(split)
         if together == 1:
-            for batch in split.batches(it.train_order, self._start, it.total_steps):
+            for batch in split.batches(it.train_order, self._start, end):
                 yield 1, batch
             return
         start = self._start
-        while start < it.total_steps:
+        while start < end:
             stop = start + 1
             while (
                 stop % together
+                and stop < end
                 and stop != it.plan.thaw_step
                 and not any(self._due(stop, stop - 1))
             ):

@@ -10,6 +10,11 @@ import shlex
 import sys
 from pathlib import Path
 
+from convnet import interrupt
+
+if __name__ == "__main__":
+    interrupt.quietly()  # While what follows loads.
+
 from absl import flags
 
 from convnet import cli, mesh, resolve

@@ -44,7 +44,9 @@ class EventFile:
         event = event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
         # A TFRecord: length, its checksum, the data, their checksum.
         length = struct.pack("<Q", len(event))
-        self._file.write(length + _masked(length) + event + _masked(event))
+        record = length + _masked(length) + event + _masked(event)
+        while record:  # A disk that is almost full takes a part.
+            record = record[self._file.write(record) :]
 
 
 def _masked(data: bytes) -> bytes:

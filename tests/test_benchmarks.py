@@ -93,6 +93,27 @@ def runs(tmp_path_factory):
     return found
 
 
+def test_a_run_that_is_killed_while_it_saves_ends_in_the_same_bits(tmp_path):
+    path = tmp_path / "kills.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.kills", f"--output={path}"),
+            *("--cases=digits", "--kills=1", "--set=train.steps=12"),
+            *("--set=model.widths=(4,)", "--set=model.depth=1", "--set=model.dense=()"),
+            *(f"--set=augment.{x}=0.0" for x in ("translate", "rotate", "zoom")),
+        ],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done
+    found = numbers(json.loads(path.read_text()))
+    assert found["digits/kills"] == 1
+    assert found["digits/same_params"] == found["digits/same_metrics"] == 100
+    assert found["digits/kills/workers_left_over"] == 0
+
+
 def numbers(rows):
     return {row["case"]: row["ours"] for row in rows}
 

@@ -1,6 +1,8 @@
 """Checkpoints: bit for bit, the right ones kept, damage noticed, failures named."""
 
+import errno
 import hashlib
+import json
 import resource
 import shutil
 import time
@@ -207,9 +209,35 @@ def change_what_is_said(folder):
     about.write_bytes(about.read_bytes().replace(digest, b"0" * 64))
 
 
+def change_a_number(folder):
+    """Nothing of the state, and JSON as before."""
+    path = folder / "about" / "metadata"
+    assert b'"best": 0.25' in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(b'"best": 0.25', b'"best": 0.35'))
+
+
+def another_steps(folder):
+    """Sound in itself, but not what its name says."""
+    shutil.rmtree(folder)
+    shutil.copytree(folder.parent / "1", folder)
+
+
+def no_state(folder):
+    shutil.rmtree(folder / "state")
+
+
 @pytest.mark.parametrize(
     "damage",
-    [flip_a_byte, shorten_a_file, delete_a_file, empty, change_what_is_said],
+    [
+        flip_a_byte,
+        shorten_a_file,
+        delete_a_file,
+        empty,
+        change_what_is_said,
+        change_a_number,
+        another_steps,
+        no_state,
+    ],
 )
 def test_a_damaged_checkpoint_is_set_aside(opened, tmp_path, capsys, damage):
     fill(opened(), 1, 2)
@@ -225,6 +253,32 @@ def test_a_damaged_checkpoint_is_set_aside(opened, tmp_path, capsys, damage):
     assert str(tmp_path / "corrupt" / "2") in printed
     assert [p.name for p in files(tmp_path / "corrupt" / "2")] == damaged
     assert again.steps() == [1]
+
+
+def test_what_is_no_checkpoint_is_left_alone(opened, tmp_path):
+    fill(opened(), 1)
+    folder = tmp_path / "checkpoints"
+    (folder / ".DS_Store").write_bytes(b"x")
+    (folder / "3").write_bytes(b"x")
+    (folder / "lost+found").mkdir()
+    shutil.copytree(folder / "1", folder / "1 (copy)")
+    again = opened()
+    assert again.steps() == [1]
+    assert_same_bits(again.restore(make_state(0))[0], make_state(1))
+    fill(again, 2)
+    assert again.steps() == [1, 2]
+    names = {".DS_Store", "3", "lost+found", "1 (copy)"}
+    assert names < {p.name for p in folder.iterdir()}
+    assert not (tmp_path / "corrupt").exists()
+
+
+def test_an_older_checkpoint_says_less_of_itself(opened, tmp_path):
+    fill(opened(), 1)
+    path = tmp_path / "checkpoints" / "1" / "about" / "metadata"
+    about = json.loads(path.read_text())
+    del about[checkpoint_lib._SEAL]
+    path.write_text(json.dumps(about))
+    assert opened().restore(make_state(0))[1]["step"] == 1
 
 
 def test_a_step_that_is_damaged_twice(opened, tmp_path):
@@ -259,6 +313,22 @@ def test_no_flipped_byte_goes_unnoticed(opened, tmp_path):
     assert set_aside >= 3
 
 
+def test_a_damaged_one_that_cannot_be_moved_is_named(opened, tmp_path, monkeypatch):
+    fill(opened(), 1, 2)
+    delete_a_file(tmp_path / "checkpoints" / "2")
+
+    def refuse(*arguments):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(shutil, "move", refuse)
+    with pytest.raises(ConvnetError) as error:
+        opened().restore(make_state(0))
+    assert "checkpoint 2 is corrupt" in str(error.value)
+    assert str(tmp_path / "checkpoints") in str(error.value)
+    assert "Read-only file system; move or remove it" in str(error.value)
+    assert (tmp_path / "checkpoints" / "2").is_dir()
+
+
 def test_all_damaged(opened, tmp_path, capsys):
     fill(opened(), 1, 2)
     for step in "12":
@@ -268,7 +338,7 @@ def test_all_damaged(opened, tmp_path, capsys):
     assert f"no checkpoint in {tmp_path / 'checkpoints'} can be read" in str(
         error.value
     )
-    assert "remove the workdir or choose another" in str(error.value)
+    assert "run the same command again" in str(error.value)
     assert {p.name for p in (tmp_path / "corrupt").iterdir()} == {"1", "2"}
     assert capsys.readouterr().out.count("is corrupt") == 2
 

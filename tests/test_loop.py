@@ -14,6 +14,7 @@ from convnet import config as config_lib
 from convnet import loop, prepare, train
 from convnet.cli import Interrupted
 from convnet.errors import ConvnetError
+from convnet.workdir import Workdir
 
 EXAMPLES, BATCH, STEPS = 40, 8, 14
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")
@@ -130,6 +131,16 @@ def test_the_weights_are_the_same(folder, single, by_four):
             np.testing.assert_allclose(
                 four[name], leaf, rtol=1e-4, atol=1e-5, err_msg=f"{step} {name}"
             )
+
+
+def test_a_replay_ends_where_it_should(folder, by_four, monkeypatch):
+    """A checkpoint of an earlier start may lie between the ends of programs."""
+    monkeypatch.setattr(prepare.Run, "compile", compile_once)
+    workdir = Workdir(folder / "by_four")
+    it = prepare.prepare(workdir.config())
+    it.state = prepare.initial_state(it)
+    loop.Loop(it, 0, None, workdir).replay(3)
+    assert int(it.state.step) == 3
 
 
 def check_lines(folder, name, steps):

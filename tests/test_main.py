@@ -609,6 +609,20 @@ def test_preview(folder):
     assert os.listdir(folder / "runs/digits") == ["preview.png"]
 
 
+def test_ctrl_c_while_modules_load(folder):
+    command = [sys.executable, "-X", "importtime", "-m", "convnet.main", "--help"]
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if line.endswith("numpy.version\n"):
+            break
+    process.send_signal(signal.SIGINT)
+    lines = process.communicate(timeout=TIMEOUT)[1].splitlines()
+    assert process.returncode == 130, lines[-9:]
+    assert [x for x in lines if "import time:" not in x] == ["interrupted by SIGINT"]
+
+
 def test_help(folder):
     done = run(folder, "--help")
     assert (done.status, done.err) == (0, "")

@@ -7,6 +7,9 @@ import gc
 import itertools
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from multiprocessing import shared_memory
@@ -251,6 +254,46 @@ def test_leaving_early_ends_the_readers(mesh):
 
 
 # Unreadable images.
+
+
+ORPHANS = """
+import multiprocessing, os, time
+from convnet.data import pipeline
+
+def work(started):
+    pipeline._start_worker(0, 1)
+    started.send(os.getpid())
+    time.sleep(60)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=work, args=(there,), daemon=True).start()
+    print(here.recv(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_worker_outlives_sigterm_but_not_the_main_process(tmp_path):
+    (tmp_path / "orphans.py").write_text(ORPHANS)
+    main = subprocess.Popen(
+        [sys.executable, tmp_path / "orphans.py"],
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    worker = int(main.stdout.readline())
+    os.kill(worker, signal.SIGTERM)
+    time.sleep(0.2)
+    os.kill(worker, 0)
+    main.kill()
+    main.communicate()
+    deadline = time.monotonic() + 20
+    with pytest.raises(ProcessLookupError):  # of the group: nobody is left
+        while time.monotonic() < deadline:
+            os.killpg(main.pid, 0)
+            time.sleep(0.02)
 
 
 @pytest.mark.parametrize("kind", [Flaky, FlakyAtOnce])

@@ -10,6 +10,7 @@ from convnet import bundle as bundle_lib
 from convnet import config as config_lib
 from convnet import train, verify
 from convnet.errors import UsageError
+from convnet.workdir import Workdir
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,13 @@ def test_all_of_a_run_holds_and_nothing_in_it_changes(workdir, capsys):
         files = [p for p in workdir.rglob("*") if p.is_file() and p.name != ".lock"]
         return {p.relative_to(workdir): p.read_bytes() for p in files}
 
+    # What training would tidy away.
+    half = workdir / "checkpoints" / "14.orbax-checkpoint-tmp"
+    half.mkdir()
     before = content()
     status, out = run(capsys, workdir=str(workdir))
     assert status == 0 and "FAILED" not in out, out
+    assert half.exists()
     for claim in (
         "config:",
         "data:",
@@ -118,6 +123,12 @@ def other_weights(workdir):
             "result",
         ),
         (lambda w: flip(w / "model.safetensors"), "model file"),
+        (lambda w: shutil.rmtree(w / "checkpoints"), "checkpoints"),
+        (
+            lambda w: (w / "checkpoints/12/metrics/metrics").write_text("{"),
+            "checkpoints",
+        ),
+        (lambda w: shutil.rmtree(w / "checkpoints" / "12"), "result"),
         (other_weights, "model's weights"),
     ],
 )
@@ -126,6 +137,21 @@ def test_what_was_changed_is_found(workdir, capsys, change, failed):
     status, out = run(capsys, workdir=str(workdir))
     assert status == 1
     assert f"FAILED  {failed}:" in out
+
+
+def test_a_run_from_before_a_key_holds(workdir, capsys):
+    """Its config has fewer keys, and so has the hash of its config."""
+    path = workdir / "config.json"
+    edit(path, lambda c: (c["optimizer"].pop("clip_norm"), c.pop("reproducible")))
+    _, out = run(capsys, workdir=str(workdir), replay=0)
+    assert "FAILED  config:" in out, "a key was taken away"
+    digest = config_lib.sha256(
+        Workdir(workdir).config(), without={"optimizer.clip_norm", "reproducible"}
+    )
+    edit(workdir / "result.json", lambda r: r.update({"config/sha256": digest}))
+    status, out = run(capsys, workdir=str(workdir))
+    assert status == 0 and "ok      config:" in out, out
+    assert "ok      replay of steps 11 to 12" in out
 
 
 def test_training_with_another_rate_leads_elsewhere(workdir, capsys):

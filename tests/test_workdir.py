@@ -3,13 +3,14 @@
 import errno
 import json
 import os
+import resource
 import struct
 
 import pytest
 from tensorboardX.proto import event_pb2
 
 from convnet import config as config_lib
-from convnet import files
+from convnet import files, resolve
 from convnet.errors import ConvnetError, UsageError
 from convnet.workdir import Workdir
 
@@ -23,11 +24,13 @@ def workdir(tmp_path):
 
 
 def config_with(**changes):
+    """As a run has it, with all that is filled in."""
     config = config_lib.default()
     config.data.mean, config.data.std = (0.5,), (0.25,)
     for name, value in changes.items():
         section, key = name.split("__")
         config[section][key] = value
+    resolve.resolve(config, measure=None)
     return config
 
 
@@ -105,13 +108,16 @@ def test_a_reader_never_sees_a_part(tmp_path, monkeypatch):
     assert seen == ["old"] and path.read_text() == "new"
 
 
-@pytest.mark.parametrize("text", ['{"step": 1', "", "\x00\x00"])
-def test_a_broken_json_file_is_named(workdir, text):
-    (workdir.path / "config.json").write_text(text)
+@pytest.mark.parametrize(
+    "content",
+    [b'{"step": 1', b"", b"\0\0", b"\x80", b"[]", b'{"optimizer": {"lr": []}}'],
+)
+def test_a_broken_json_file_is_named(workdir, content):
+    (workdir.path / "config.json").write_bytes(content)
     with pytest.raises(ConvnetError) as error:
         workdir.check(config_with())
     assert str(workdir.path / "config.json") in str(error.value)
-    assert "choose another" in str(error.value)
+    assert "nothing else is lost: remove this file" in str(error.value)
 
 
 @pytest.mark.parametrize("below", ["", "runs/a"])
@@ -179,14 +185,31 @@ def test_another_config_is_refused_with_both_values(workdir):
     ]
 
 
-def test_a_key_that_an_older_version_did_not_have(workdir):
-    content = config_lib.to_dict(config_with())
-    del content["optimizer"]["clip_norm"], content["task"]
+def test_a_key_that_an_older_version_did_not_have_is_its_default(workdir):
+    content = config_lib.to_dict(config_with(model__depth=3))
+    del content["optimizer"]["clip_norm"], content["task"], content["mesh"]
+    # Filled in by a run: the model's own, and "none".
+    del content["model"]["kernel"], content["evaluate"]["tta"]
     workdir.write_json("config.json", content)
+    assert {"optimizer.clip_norm", "task.name", "model.kernel", "evaluate.tta"} < (
+        workdir.younger_keys()
+    )
+    assert not {"optimizer.lr", "model.depth"} & workdir.younger_keys()
+    workdir.check(config_with(model__depth=3))
     with pytest.raises(UsageError) as error:
-        workdir.check(config_with())
-    assert "  optimizer.clip_norm: 'absent' there, 0.0 now" in str(error.value)
-    assert "  task.name: 'absent' there, 'classification' now" in str(error.value)
+        workdir.check(
+            config_with(
+                model__depth=3,
+                model__kernel=5,
+                optimizer__clip_norm=1.0,
+                task__label_smoothing=0.1,
+            )
+        )
+    assert str(error.value).splitlines()[1:-1] == [
+        "  model.kernel: 3 there, 5 now",
+        "  task.label_smoothing: 0.0 there, 0.1 now",
+        "  optimizer.clip_norm: 0.0 there, 1.0 now",
+    ]
 
 
 def test_adopt_takes_over_what_was_measured(workdir):
@@ -236,15 +259,58 @@ def test_cut_drops_later_rows(workdir, step, kept):
 
 
 @pytest.mark.parametrize("rest", ['{"step": 40, "train/lo', '{"step": 40', "{", '{"'])
-def test_cut_drops_half_a_line(workdir, rest):
+def test_cut_drops_half_a_line_without_a_word(workdir, rest, capsys):
     path = write_metrics(workdir)
     whole = path.read_text()
     path.write_text(whole + rest)
     assert len(workdir.history()) == 4
-    workdir.cut(100)
-    assert path.read_text() == whole
-    workdir.log(101, {"train/loss": 0.0})
-    assert workdir.history()[-1] == {"step": 101, "train/loss": 0.0}
+    workdir.cut(20)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows] == [10, 20, 20]
+    assert capsys.readouterr().out == ""
+    workdir.log(21, {"train/loss": 0.0})
+    assert workdir.history()[-1] == {"step": 21, "train/loss": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [
+        (lambda lines: lines[:2], [10, 20]),
+        (lambda lines: [], []),
+        (lambda lines: None, []),
+        (lambda lines: [lines[0], b"\x80", *lines[1:]], [10, 20, 30, 20]),
+        (lambda lines: [b"[1]", b"5", b'{"stop": 3}', *lines], [10, 20, 30, 20]),
+    ],
+    ids=["shortened", "emptied", "deleted", "not text", "other content"],
+)
+def test_damaged_metrics_are_named_and_do_not_stop_a_run(workdir, damage, kept, capsys):
+    path = write_metrics(workdir)
+    lines = damage(path.read_bytes().splitlines())
+    if lines is None:
+        path.unlink()
+    else:
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+    workdir.cut(30)
+    printed = capsys.readouterr().out
+    assert f"warning: {path} is damaged: it lacks rows of steps 1 to 30" in printed
+    assert [row["step"] for row in workdir.history()] == kept
+
+
+def test_a_full_disk_names_the_file_and_half_a_row_is_cut_off(workdir):
+    path = write_metrics(workdir)
+    whole = path.read_bytes()
+    workdir.cut(30)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 9, before[1]))
+    try:
+        with pytest.raises(ConvnetError, match=f"{path} cannot be written: .* room"):
+            workdir.log(40, {"train/loss": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    workdir.close()
+    assert path.read_bytes().startswith(whole)
+    workdir.cut(30)
+    assert path.read_bytes() == whole
 
 
 def test_history_of_a_run_without_metrics(workdir):

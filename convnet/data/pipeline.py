@@ -14,8 +14,10 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +38,7 @@ Bad = dict[int, tuple[str, str]]  # index -> (id, reason)
 _CPU_RESIDENT_BYTES = 2 << 30
 # Each holds a batch; what they do outside decoders, one at a time, limits them sooner.
 _MAX_THREADS = 16
+_SECONDS_AFTER_SIGTERM = 30
 
 
 class BadInputs:
@@ -197,7 +200,7 @@ class Streaming:
             num_threads=threads, prefetch_buffer_size=threads + 2
         )
         dataset = steps.to_iter_dataset(options).mp_prefetch(
-            grain.MultiprocessingOptions(self._workers), worker_init_fn=_ignore_ctrl_c
+            grain.MultiprocessingOptions(self._workers), worker_init_fn=_start_worker
         )
         # One batch ahead: its copy to the device overlaps with the step before.
         ahead: collections.deque[Any] = collections.deque()
@@ -228,9 +231,22 @@ def _threads() -> int:
     return min(len(allowed), _MAX_THREADS)
 
 
-def _ignore_ctrl_c(worker: int, workers: int) -> None:
-    """Leaves Ctrl-C, which reaches a terminal's every process, to the main one."""
+def _start_worker(worker: int, workers: int) -> None:
+    """Leaves signals, which may reach every process, to the main one, and ends with it.
+
+    Workers that a killed main process leaves behind would wait for it for ever, and
+    what they share with it would stay in memory.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The main process may still want a batch before it saves.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _load_step(source: Source, order: Order, step: int) -> tuple[HostBatch, Bad]:
