@@ -13,6 +13,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 from tqdm import tqdm
 
+from convnet import mesh as mesh_lib
+from convnet import processes
 from convnet.errors import ConvnetError
 from convnet.step import TrainState
 
@@ -28,9 +30,12 @@ def flat(tree: Any) -> dict[str, Any]:
 
 
 def sha256(tree: Any) -> str:
-    """Returns the hash of each leaf's path, shape, dtype and bytes, in sorted order."""
+    """Returns the hash of each leaf's path, shape, dtype and bytes, in sorted order.
+
+    All processes call together.
+    """
     digest = hashlib.sha256()
-    for path, leaf in flat(jax.device_get(tree)).items():
+    for path, leaf in flat(mesh_lib.fetch(tree)).items():
         leaf = np.ascontiguousarray(leaf)
         digest.update(f"{path} {leaf.shape} {leaf.dtype}\n".encode())
         digest.update(leaf.tobytes())
@@ -64,7 +69,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder.absolute()
-        _drop_broken_scores(self.folder)
+        if processes.leads():
+            _drop_broken_scores(self.folder)
+        processes.wait()
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -161,17 +168,21 @@ class Checkpoints:
         Raises:
           ConvnetError: there are checkpoints, and none is whole.
         """
-        steps = self.steps()
+        steps = processes.tell(self.steps())
         for step in reversed(steps):
+            found, reason = None, ""
             try:
-                return self.read(step, state)
+                found = self.read(step, state)
             except Exception as error:  # Whatever a damaged file can raise.
-                reason = " ".join(str(error).split())[:200]
-                aside = self._set_aside(step)
-                tqdm.write(
-                    f"warning: checkpoint {step} is corrupt ({reason}); moved to"
-                    f" {aside}, trying the one before"
-                )
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reasons = [other for other in processes.gather(reason) if other]
+            if not reasons:
+                return found
+            aside = self._set_aside(step)
+            tqdm.write(
+                f"warning: checkpoint {step} is corrupt ({reasons[0]}); moved to"
+                f" {aside}, trying the one before"
+            )
         if steps:
             raise ConvnetError(
                 f"no checkpoint in {self.folder} can be read; to train from the start,"
@@ -204,9 +215,11 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> Path:
         aside = self.folder.parent / "corrupt" / str(step)
-        aside.parent.mkdir(exist_ok=True)
-        if aside.exists():
-            shutil.rmtree(aside)
-        (self.folder / str(step)).rename(aside)
+        if processes.leads():
+            aside.parent.mkdir(exist_ok=True)
+            if aside.exists():
+                shutil.rmtree(aside)
+            (self.folder / str(step)).rename(aside)
+        processes.wait()
         self._manager.reload()
         return aside

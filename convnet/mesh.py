@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convnet.errors import UsageError
@@ -89,7 +90,7 @@ def _keep_heap() -> None:
 
 
 def make(batch_size: int, data: int = 0, fsdp: int = 1, shards: int = 0) -> Mesh:
-    """Returns the mesh (data, fsdp) of the first devices.
+    """Returns the mesh (data, fsdp) of the first devices, of each process as many.
 
     Args:
       batch_size: that must be shared evenly.
@@ -100,14 +101,28 @@ def make(batch_size: int, data: int = 0, fsdp: int = 1, shards: int = 0) -> Mesh
       UsageError: there are not so many devices, or the batch or the shards cannot be
         split evenly over them.
     """
-    devices = jax.devices()
+    devices, processes = jax.devices(), jax.process_count()
     data = data or len(devices) // fsdp
     used = data * fsdp
-    if not 0 < used <= len(devices) or used % jax.process_count():
+    if not 0 < used <= len(devices) or used % processes:
         raise UsageError(
             f"mesh.data = {data} times mesh.fsdp = {fsdp} asks for"
             f" {max(data, 1) * fsdp} devices, and there are {len(devices)}"
+            + (
+                f" in {processes} processes, each of which uses as many as the others"
+                if processes > 1
+                else ""
+            )
         )
+    if processes > 1:
+        # Side by side in the mesh, so that each has a stretch of the batch (`part`).
+        devices = [
+            device
+            for process in range(processes)
+            for device in [d for d in devices if d.process_index == process][
+                : used // processes
+            ]
+        ]
     if batch_size % used:
         raise UsageError(
             f"data.batch_size is {batch_size}, which {used} devices cannot"
@@ -178,19 +193,50 @@ def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, (DATA, FSDP)))
 
 
+def part(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the rows of a global host batch that this process's devices hold."""
+    processes, index = jax.process_count(), jax.process_index()
+
+    def rows(values: np.ndarray) -> np.ndarray:
+        each = len(values) // processes
+        return values[index * each : (index + 1) * each]
+
+    return {name: rows(values) for name, values in batch.items()}
+
+
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts a global host batch on the devices, split along its first axis."""
-    return jax.device_put(batch, batched(mesh))
+    """Puts a batch, of which this is the `part`, on the devices, split by rows."""
+    return _put(batch, batched(mesh))
 
 
 def put_batches(mesh: Mesh, batches: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """`put_batch` for a stack of batches (steps, b, ...): split along the second."""
-    return jax.device_put(batches, batched(mesh, axis=1))
+    return _put(batches, batched(mesh, axis=1))
 
 
 def put_whole(mesh: Mesh, tree: Any) -> Any:
-    """Puts a tree of arrays on every device."""
-    return jax.device_put(tree, replicated(mesh))
+    """Puts a tree of arrays, the same in all processes, on every device."""
+    return _put(tree, replicated(mesh))
+
+
+def _put(tree: Any, sharding: NamedSharding) -> Any:
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    make = functools.partial(jax.make_array_from_process_local_data, sharding)
+    return jax.tree.map(lambda leaf: make(np.asarray(leaf)), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Returns a tree of arrays on the host, whole; all processes call together."""
+
+    def whole(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):
+            return leaf
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 @functools.cache
@@ -220,6 +266,7 @@ def _accepted(options: dict[str, Any]) -> bool:
 
 
 def describe(mesh: Mesh) -> str:
-    """Returns for example "2 x cpu (cpu)"."""
-    device = mesh.devices.flat[0]
-    return f"{mesh.devices.size} x {device.device_kind} ({device.platform})"
+    """Returns for example "2 x cpu (cpu)", "8 x cpu (cpu) in 2 processes"."""
+    device, count = mesh.devices.flat[0], jax.process_count()
+    processes = f" in {count} processes" if count > 1 else ""
+    return f"{mesh.devices.size} x {device.device_kind} ({device.platform}){processes}"

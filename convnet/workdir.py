@@ -15,10 +15,16 @@ from convnet.tensorboard import EventFile
 
 
 class Workdir:
-    """config.json, data.json, metrics.jsonl, tensorboard/, result.json, their rules."""
+    """config.json, data.json, metrics.jsonl, tensorboard/, result.json, their rules.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+      path: of the folder.
+      writes: False for a process that leaves writing to another one.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
         self.path = path
+        self._writes = writes
         self._events: EventFile | None = None
         self._lock: IO[str] | None = None
 
@@ -28,6 +34,8 @@ class Workdir:
         Raises:
           ConvnetError: it cannot be made or written to.
         """
+        if not self._writes:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".write-test.{os.getpid()}"
@@ -45,6 +53,8 @@ class Workdir:
         Raises:
           ConvnetError: another process trains here.
         """
+        if not self._writes:
+            return
         self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -71,7 +81,8 @@ class Workdir:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes a JSON file into the folder."""
-        write(self.path / name, json.dumps(content, indent=2) + "\n")
+        if self._writes:
+            write(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def config(self) -> ml_collections.ConfigDict:
         """Returns the config of the run; keys younger than it have their defaults.
@@ -139,6 +150,8 @@ class Workdir:
 
     def cut(self, step: int) -> None:
         """Cuts metrics.jsonl back to `step`, and the TensorBoard curves with it."""
+        if not self._writes:
+            return
         path = self.path / "metrics.jsonl"
         if path.exists():
             rows = [row for row in self.history() if row["step"] <= step]
@@ -158,13 +171,15 @@ class Workdir:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Appends a line to metrics.jsonl, and points to TensorBoard."""
+        if not self._writes:
+            return
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         assert self._events is not None, "cut() comes first"
         self._events.scalars(step, values)
 
     def close(self) -> None:
-        """Closes the TensorBoard file and lets others train here."""
+        """Closes the TensorBoard file and lets other runs train here."""
         for file in (self._events, self._lock):
             if file is not None:
                 file.close()

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from convnet import mesh as mesh_lib
+from convnet import processes
 from convnet.data import source as source_lib
 from convnet.data.decode import DecodeError
 from convnet.data.order import HostBatch, Order
@@ -66,6 +67,15 @@ class BadInputs:
                 + "\n".join(shown)
                 + "\nmend or remove them, or raise data.max_bad_fraction"
             )
+
+    def share(self) -> None:
+        """Adds what the other processes met; all call together.
+
+        Raises:
+          ConvnetError: as `add`, in all of them.
+        """
+        for found in processes.gather([(i, *bad) for i, bad in self.found.items()]):
+            self.add({index: (name, reason) for index, name, reason in found})
 
     def listed(self) -> list[tuple[str, str]]:
         """Returns (id, reason) of each, in the order of the data."""
@@ -123,11 +133,11 @@ class Resident:
     def batches(self, order: Order, start: int, stop: int) -> Iterator[Any]:
         """Yields the device batches of steps start .. stop - 1."""
         for step in range(start, stop):
-            yield mesh_lib.put_batch(self._mesh, order(step))
+            yield mesh_lib.put_batch(self._mesh, mesh_lib.part(order(step)))
 
     def stack(self, order: Order, start: int, stop: int) -> dict[str, Any]:
         """Returns the device batches of steps start .. stop - 1 as one, (steps, b)."""
-        batches = [order(step) for step in range(start, stop)]
+        batches = [mesh_lib.part(order(step)) for step in range(start, stop)]
         stacked = {k: np.stack([batch[k] for batch in batches]) for k in batches[0]}
         return mesh_lib.put_batches(self._mesh, stacked)
 
@@ -166,6 +176,8 @@ def _read_all(source: Source, bad: BadInputs) -> HostBatch:
 
 class Streaming:
     """A split that is read, decoded and sent while the devices compute.
+
+    Of several processes each reads the part of a batch that its devices hold.
 
     Attributes:
       data: empty; the batches carry the examples.
@@ -234,7 +246,7 @@ def _ignore_ctrl_c(worker: int, workers: int) -> None:
 
 
 def _load_step(source: Source, order: Order, step: int) -> tuple[HostBatch, Bad]:
-    return read_batch(source, order(step))
+    return read_batch(source, mesh_lib.part(order(step)))
 
 
 Split = Resident | Streaming
