@@ -36,9 +36,9 @@ from convnet.errors import ConvnetError, UsageError
 
 T = TypeVar("T")
 
-# Seconds. A process counts as lost when its thread was silent for so long; JAX, which
-# ends a process with a stack trace, comes after us.
-_EVERY, _SILENT, _JAX_SILENT = 2.0, 30.0, 45
+# Seconds. A process counts as lost when it was silent for so long. JAX would end this
+# one too, with a stack trace, and some time between half of its limit and the whole.
+_EVERY, _SILENT, _JAX_SILENT = 2.0, 30.0, 120
 _TO_MEET = 300
 # A training loop hangs when nothing has happened for so long, or for ten times as long
 # as ever before. Who waits for others gives the others time to say so first.
@@ -147,7 +147,6 @@ def joined(wanted: bool | None) -> Iterator[None]:
         jax.distributed.shutdown()
         return
     watch = _Watch()
-    watch.start()
     if not leads():
         print(f"{_name()}: process 0 prints and writes", file=sys.stderr, flush=True)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -273,45 +272,52 @@ def _initialize(given: dict[str, Any]) -> None:
         ) from error
 
 
-class _Watch(threading.Thread):
+class _Watch:
     """Says "alive", and ends the process when another has failed or is silent."""
 
     def __init__(self) -> None:
-        super().__init__(daemon=True, name="convnet watch")
         self._over = threading.Event()
-        self._heard: dict[str, tuple[str, float]] = {}
+        self._heard: dict[int, tuple[str, float]] = {}
+        # Of process 0 a call hangs, when it is stopped: another thread has to notice.
+        for task in (self._talk, self._listen):
+            threading.Thread(target=task, daemon=True, name="convnet watch").start()
 
     def stop(self) -> None:
         """The processes part in peace."""
         self._over.set()
 
-    def run(self) -> None:
-        mine = f"{_ALIVE}/{jax.process_index()}"
+    def _talk(self) -> None:
+        client, index = _client(), jax.process_index()
         for beat in itertools.count():
             try:
-                _client().key_value_set(mine, str(beat), allow_overwrite=True)
-                reason = _failure() or (self._silent() if leads() else "")
+                key = f"{_ALIVE}/{index}"
+                client.key_value_set(key, str(beat), allow_overwrite=True)
+                reason = _failure()
+                alive = client.key_value_dir_get(_ALIVE) if index == 0 else []
             except Exception as error:
                 reason = f"process 0 is gone ({_first_line(error)})"
             if self._over.is_set():
                 return
             if reason:
                 _end(reason)
+            self._hear(0, str(beat))
+            for key, value in alive:
+                self._hear(int(key.rsplit("/", 1)[1]), value)
             if self._over.wait(_EVERY):
                 return
 
-    def _silent(self) -> str:
-        now = time.monotonic()
-        for key, beat in _client().key_value_dir_get(_ALIVE):
-            if self._heard.get(key, ("", 0))[0] != beat:
-                self._heard[key] = beat, now
-            elif now - self._heard[key][1] > _SILENT:
-                name = _name(int(key.rsplit("/", 1)[1]))
-                return (
-                    f"{name} has not answered for {_SILENT:.0f} s: it was killed or"
-                    " stopped, or its machine is lost"
-                )
-        return ""
+    def _hear(self, index: int, beat: str) -> None:
+        if self._heard.get(index, ("", 0))[0] != beat:
+            self._heard[index] = beat, time.monotonic()
+
+    def _listen(self) -> None:
+        while not self._over.wait(_EVERY):
+            for index, (_, when) in list(self._heard.items()):
+                if time.monotonic() - when > _SILENT:
+                    _end(
+                        f"{_name(index)} has not answered for {_SILENT:.0f} s: it was"
+                        " killed or stopped, or its machine is lost"
+                    )
 
 
 def _failure() -> str:
@@ -354,8 +360,11 @@ def _first_line(error: BaseException) -> str:
 
 def _end(reason: str) -> None:
     """Ends this process, and by its word the others."""
-    _fail(reason)
     print(f"error: {reason}; {_AGAIN}", file=sys.stderr)
+    # It would wait for a process 0 that is stopped.
+    teller = threading.Thread(target=_fail, args=(reason,), daemon=True)
+    teller.start()
+    teller.join(_EVERY)
     _leave(1)
 
 

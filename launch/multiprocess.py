@@ -22,8 +22,9 @@ import sys
 import threading
 import time
 
-# Seconds that the others have to end by themselves, before they are killed.
-PATIENCE = 60.0
+# Seconds that the others have to end by themselves: after one was killed, which they
+# have to find out, and after one has told them why it failed.
+KILLED, FAILED = 40.0, 10.0
 TAIL = 20
 
 
@@ -46,9 +47,9 @@ def main() -> int:
     while any(process.popen.poll() is None for process in started):
         time.sleep(0.1)
         if first is None:
-            ended = [p for p in started if p.popen.poll() not in (None, 0)]
-            first = ended[0] if ended else None
-            killing = time.monotonic() + PATIENCE
+            first = next((p for p in started if p.popen.poll()), None)
+            told = first is not None and first.popen.returncode > 0
+            killing = time.monotonic() + (FAILED if told else KILLED)
         elif time.monotonic() > killing:
             for process in started:
                 process.send(signal.SIGKILL)
