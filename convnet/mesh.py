@@ -115,14 +115,10 @@ def make(batch_size: int, data: int = 0, fsdp: int = 1, shards: int = 0) -> Mesh
             )
         )
     if processes > 1:
-        # Side by side in the mesh, so that each has a stretch of the batch (`part`).
-        devices = [
-            device
-            for process in range(processes)
-            for device in [d for d in devices if d.process_index == process][
-                : used // processes
-            ]
-        ]
+        # Each process has a stretch of the batch (`order.Part`).
+        each = used // processes
+        own = [[d for d in devices if d.process_index == i] for i in range(processes)]
+        devices = [device for mine in own for device in mine[:each]]
     if batch_size % used:
         raise UsageError(
             f"data.batch_size is {batch_size}, which {used} devices cannot"
@@ -193,19 +189,11 @@ def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, (DATA, FSDP)))
 
 
-def part(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the rows of a global host batch that this process's devices hold."""
-    processes, index = jax.process_count(), jax.process_index()
-
-    def rows(values: np.ndarray) -> np.ndarray:
-        each = len(values) // processes
-        return values[index * each : (index + 1) * each]
-
-    return {name: rows(values) for name, values in batch.items()}
-
-
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts a batch, of which this is the `part`, on the devices, split by rows."""
+    """Puts a host batch on the devices, split by rows.
+
+    Of several processes each gives its own rows (`order.Part`).
+    """
     return _put(batch, batched(mesh))
 
 

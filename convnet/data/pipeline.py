@@ -19,6 +19,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
@@ -28,7 +29,7 @@ from convnet import mesh as mesh_lib
 from convnet import processes
 from convnet.data import source as source_lib
 from convnet.data.decode import DecodeError
-from convnet.data.order import HostBatch, Order
+from convnet.data.order import HostBatch, Order, Part
 from convnet.data.source import Source
 from convnet.errors import ConvnetError
 
@@ -132,12 +133,13 @@ class Resident:
 
     def batches(self, order: Order, start: int, stop: int) -> Iterator[Any]:
         """Yields the device batches of steps start .. stop - 1."""
+        mine = _part(order)
         for step in range(start, stop):
-            yield mesh_lib.put_batch(self._mesh, mesh_lib.part(order(step)))
+            yield mesh_lib.put_batch(self._mesh, mine(step))
 
     def stack(self, order: Order, start: int, stop: int) -> dict[str, Any]:
         """Returns the device batches of steps start .. stop - 1 as one, (steps, b)."""
-        batches = [mesh_lib.part(order(step)) for step in range(start, stop)]
+        batches = [_part(order)(step) for step in range(start, stop)]
         stacked = {k: np.stack([batch[k] for batch in batches]) for k in batches[0]}
         return mesh_lib.put_batches(self._mesh, stacked)
 
@@ -202,7 +204,7 @@ class Streaming:
         # Grain reads absl's global flags, and our entry points have flags of their own.
         flags.FLAGS.mark_as_parsed()
         steps = grain.MapDataset.range(start, stop).map(
-            functools.partial(_load_step, self._source, order)
+            functools.partial(_load_step, self._source, _part(order))
         )
         threads = 1 if self._workers else _threads()
         options = grain.ReadOptions(
@@ -233,6 +235,11 @@ class Streaming:
         return mesh_lib.put_batch(self._mesh, batch)
 
 
+def _part(order: Order) -> Order:
+    """What this process reads: its workers do not know that it is one of several."""
+    return Part(order, jax.process_index(), jax.process_count())
+
+
 def _threads() -> int:
     """As many as this process may use cores."""
     # macOS has no affinity.
@@ -246,7 +253,7 @@ def _ignore_ctrl_c(worker: int, workers: int) -> None:
 
 
 def _load_step(source: Source, order: Order, step: int) -> tuple[HostBatch, Bad]:
-    return read_batch(source, mesh_lib.part(order(step)))
+    return read_batch(source, order(step))
 
 
 Split = Resident | Streaming
