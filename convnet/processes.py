@@ -50,7 +50,10 @@ _LOST = re.compile(
     r"gloo|nccl|socket|connection|unavailable|heartbeat|coordination|preempted", re.I
 )
 _AGAIN = "the same command goes on from the last checkpoint"
+# JAX's runtime is one for a process, and so are the number of the next call, and the
+# lock that the thread takes which ends the process.
 _calls = itertools.count()
+_ending = threading.Lock()
 
 
 def several() -> bool:
@@ -154,6 +157,7 @@ def joined(wanted: bool | None) -> Iterator[None]:
         yield
     except BaseException as error:
         if not (isinstance(error, cli.Interrupted) and error.agreed):
+            _ending.acquire()
             status, reason = _explained(error)
             _fail(reason)
             _leave(status)
@@ -360,6 +364,7 @@ def _first_line(error: BaseException) -> str:
 
 def _end(reason: str) -> None:
     """Ends this process, and by its word the others."""
+    _ending.acquire()
     print(f"error: {reason}; {_AGAIN}", file=sys.stderr)
     # It would wait for a process 0 that is stopped.
     teller = threading.Thread(target=_fail, args=(reason,), daemon=True)
@@ -370,6 +375,8 @@ def _end(reason: str) -> None:
 
 def _leave(status: int) -> None:
     """Ends the process from any thread, without waiting for anybody."""
+    if leads():
+        time.sleep(2 * _EVERY)  # With it goes the service, by which others hear why.
     for child in multiprocessing.active_children():
         child.terminate()
     with contextlib.suppress(OSError, ValueError):
