@@ -73,11 +73,7 @@ def get_config():
     return config
 """
 # With a layer that is large enough to be split.
-PLAIN = [
-    "--config.model.dense=(300,)",
-    "--config.mesh.fsdp=2",
-    "--config.data.workers=1",
-]
+PLAIN = "model.dense=(300,)", "mesh.fsdp=2", "data.workers=1"
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +124,7 @@ def runs(folder):
     """An undisturbed run, and one that is stopped, killed, and ends in one process."""
     same = () if OLD else ("--config.reproducible",)
     alone = start(folder, 1, "alone", *same)
-    plain = start(folder, 2, "plain", *PLAIN)
+    plain = start(folder, 2, "plain", *(f"--config.{key}" for key in PLAIN))
     stopped = ended(start(folder, 2, "W", *same, sends=f"1 75 {int(signal.SIGTERM)}"))
     after_stop = steps_of(folder / "W")
     killed = ended(start(folder, 4, "W", *same, sends=f"2 45 {int(signal.SIGKILL)}"))
@@ -184,7 +180,8 @@ def test_another_number_of_processes_goes_on_to_the_same_result(folder, runs):
         assert_close(folder / "alone", folder / "W")
     else:
         assert last["params/sha256"] == alone["params/sha256"]
-    steps = [json.loads(x)["step"] for x in open(folder / "W/metrics.jsonl")]
+    lines = (folder / "W/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert steps == [*range(1, STEPS + 1), STEPS]
 
 
@@ -244,9 +241,7 @@ def split_of(state):
 def test_a_process_of_its_own_joins_nobody(monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(
-        jax.distributed, "initialize", lambda **_: pytest.fail("joined")
-    )
+    monkeypatch.setattr(jax.distributed, "initialize", None)
     with processes.joined(None):
         assert processes.leads() and processes.gather(3) == [3]
     with pytest.raises(UsageError, match="several processes need JAX_COORDINATOR"):
