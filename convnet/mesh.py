@@ -207,6 +207,21 @@ def put_whole(mesh: Mesh, tree: Any) -> Any:
     return _put(tree, replicated(mesh))
 
 
+def put_parts(mesh: Mesh, part: Any, count: int) -> Any:
+    """Puts a tree on every device, whole, of which each process has some rows.
+
+    Args:
+      mesh: of the run.
+      part: of as many rows in each process, a multiple of its devices.
+      count: how many rows there are; the last process may have more, which are dropped.
+    """
+    cut = jax.jit(
+        lambda tree: jax.tree.map(lambda rows: rows[:count], tree),
+        out_shardings=replicated(mesh),
+    )
+    return cut(_put(part, batched(mesh)))
+
+
 def _put(tree: Any, sharding: NamedSharding) -> Any:
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)

@@ -57,16 +57,13 @@ def get_config():
     config.data.placement = "stream"
     config.data.cache = "none"
     config.data.max_bad_fraction = 0.1
-    config.augment.flip = "random"
     config.augment.mixup = 0.2
     config.model.widths = (4,)
     config.model.depth = 1
-    config.model.norm = "batch"
-    config.model.dropout = 0.3
     config.optimizer.lr = 0.01
-    config.optimizer.ema = 0.9
+    config.schedule.name = "constant"
     config.train.steps, config.train.epochs = 12, 0.0
-    config.train.log_every = 1
+    config.train.log_every = 4
     config.train.eval_every = 0.0
     config.checkpoint.every_steps = 4
     config.compilation_cache = "none"
@@ -182,7 +179,7 @@ def test_another_number_of_processes_goes_on_to_the_same_result(folder, runs):
         assert last["params/sha256"] == alone["params/sha256"]
     lines = (folder / "W/metrics.jsonl").read_text().splitlines()
     steps = [json.loads(line)["step"] for line in lines]
-    assert steps == [*range(1, STEPS + 1), STEPS]
+    assert steps == sorted(steps) and {4, 8, STEPS} <= set(steps)
 
 
 def test_each_reads_its_own_records(folder, runs):

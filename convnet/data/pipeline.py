@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from convnet import mesh as mesh_lib
-from convnet import processes
+from convnet import processes as processes_lib
 from convnet.data import source as source_lib
 from convnet.data.decode import DecodeError
 from convnet.data.order import HostBatch, Order, Part
@@ -75,7 +75,7 @@ class BadInputs:
         Raises:
           ConvnetError: as `add`, in all of them.
         """
-        for found in processes.gather([(i, *bad) for i, bad in self.found.items()]):
+        for found in processes_lib.gather([(i, *bad) for i, bad in self.found.items()]):
             self.add({index: (name, reason) for index, name, reason in found})
 
     def listed(self) -> list[tuple[str, str]]:
@@ -121,6 +121,8 @@ def _stand_in(source: Source, index: int) -> tuple[dict[str, Any], Bad]:
 class Resident:
     """A split that lies in device memory, whole, on every device.
 
+    Of several processes each reads a part, and has the rest from the others' devices.
+
     Attributes:
       data: `input` (n, ...), `label` (n, ...), `weight` (n,) on the devices.
     """
@@ -129,7 +131,13 @@ class Resident:
         self.examples = len(source)
         self.bad = bad
         self._mesh = mesh
-        self.data = mesh_lib.put_whole(mesh, _read_all(source, bad))
+        count, processes = len(source), jax.process_count()
+        if processes == 1:
+            self.data = mesh_lib.put_whole(mesh, _read(source, bad, 0, count))
+            return
+        each = -(-count // mesh.size) * mesh.size // processes
+        part = _read(source, bad, each * jax.process_index(), each)
+        self.data = mesh_lib.put_parts(mesh, part, count)
 
     def batches(self, order: Order, start: int, stop: int) -> Iterator[Any]:
         """Yields the device batches of steps start .. stop - 1."""
@@ -144,21 +152,28 @@ class Resident:
         return mesh_lib.put_batches(self._mesh, stacked)
 
 
-def _read_all(source: Source, bad: BadInputs) -> HostBatch:
-    chunks = [
-        np.arange(start, min(start + 256, len(source)))
-        for start in range(0, len(source), 256)
-    ]
+def _read(source: Source, bad: BadInputs, start: int, count: int) -> HostBatch:
+    """Reads so many records from `start` on; what is past the end is zero."""
+    stop = min(start + count, len(source))
+    chunks = [np.arange(i, min(i + 256, stop)) for i in range(start, stop, 256)]
 
     def load(index: np.ndarray) -> tuple[HostBatch, Bad]:
         return read_batch(source, {"index": index, "weight": np.ones(len(index), "f")})
 
-    data: HostBatch = {}
+    example = first(source)
+    data: HostBatch = {
+        name: np.zeros((count, *np.shape(value)), np.asarray(value).dtype)
+        for name, value in (
+            ("input", example["input"]),
+            ("label", example["label"]),
+            ("weight", np.float32(0)),
+        )
+    }
     # Threads, because decoders release the interpreter's lock.
     with (
         concurrent.futures.ThreadPoolExecutor(_threads()) as pool,
         tqdm(
-            total=len(source),
+            total=max(stop - start, 0),
             desc="reading",
             unit=" examples",
             delay=2,
@@ -167,11 +182,8 @@ def _read_all(source: Source, bad: BadInputs) -> HostBatch:
     ):
         for index, (chunk, found) in zip(chunks, pool.map(load, chunks), strict=True):
             bad.add(found)
-            for name in ("input", "label", "weight"):
-                if name not in data:
-                    shape = (len(source), *chunk[name].shape[1:])
-                    data[name] = np.empty(shape, chunk[name].dtype)
-                data[name][index] = chunk[name]
+            for name, values in data.items():
+                values[index - start] = chunk[name]
             bar.update(len(index))
     return data
 
