@@ -13,6 +13,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 from tqdm import tqdm
 
+from convnet import mesh as mesh_lib
+from convnet import processes
 from convnet.errors import ConvnetError
 from convnet.step import TrainState
 
@@ -30,9 +32,12 @@ def flat(tree: Any) -> dict[str, Any]:
 
 
 def sha256(tree: Any) -> str:
-    """Returns the hash of each leaf's path, shape, dtype and bytes, in sorted order."""
+    """Returns the hash of each leaf's path, shape, dtype and bytes, in sorted order.
+
+    All processes call together.
+    """
     digest = hashlib.sha256()
-    for path, leaf in flat(jax.device_get(tree)).items():
+    for path, leaf in flat(mesh_lib.fetch(tree)).items():
         leaf = np.ascontiguousarray(leaf)
         digest.update(f"{path} {leaf.shape} {leaf.dtype}\n".encode())
         digest.update(leaf.tobytes())
@@ -52,6 +57,21 @@ def _seal(about: dict[str, Any]) -> str:
 
 def _score(metrics: dict[str, float]) -> float:
     return metrics.get("score", -math.inf)
+
+
+def _move(folder: Path, aside: Path) -> str:
+    """Process 0 moves a folder; returns what went wrong, "" if nothing."""
+    if not processes.leads():
+        return ""
+    try:
+        aside.parent.mkdir(exist_ok=True)
+        if aside.exists():
+            shutil.rmtree(aside)
+        # Not `rename`: checkpoints may lie on another disk.
+        shutil.move(folder, aside)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _drop_broken_scores(folder: Path) -> None:
@@ -77,7 +97,9 @@ class Checkpoints:
                 self.folder, options=ocp.CheckpointManagerOptions(read_only=True)
             )
             return
-        _drop_broken_scores(self.folder)
+        if processes.leads():
+            _drop_broken_scores(self.folder)
+        processes.wait()
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -174,17 +196,19 @@ class Checkpoints:
           ConvnetError: there are checkpoints, and none is whole; or a corrupt one
             cannot be moved.
         """
-        steps = self.steps()
+        steps = processes.tell(self.steps())
         for step in reversed(steps):
+            found, reason = None, ""
             try:
-                return self.read(step, state)
+                found = self.read(step, state)
             except Exception as error:  # Whatever a damaged file can raise.
-                reason = " ".join(str(error).split())[:200]
-                corrupt = f"checkpoint {step} is corrupt ({reason})"
-                aside = self._set_aside(step, corrupt)
-                tqdm.write(
-                    f"warning: {corrupt}; moved to {aside}, trying the one before"
-                )
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reasons = [other for other in processes.gather(reason) if other]
+            if not reasons:
+                return found
+            corrupt = f"checkpoint {step} is corrupt ({reasons[0]})"
+            aside = self._set_aside(step, corrupt)
+            tqdm.write(f"warning: {corrupt}; moved to {aside}, trying the one before")
         if steps:
             raise ConvnetError(
                 f"no checkpoint in {self.folder} can be read; to train from the start,"
@@ -222,17 +246,11 @@ class Checkpoints:
 
     def _set_aside(self, step: int, corrupt: str) -> Path:
         aside = self.folder.parent / "corrupt" / str(step)
-        try:
-            aside.parent.mkdir(exist_ok=True)
-            if aside.exists():
-                shutil.rmtree(aside)
-            # Not `rename`: checkpoints may lie on another disk.
-            shutil.move(self.folder / str(step), aside)
-        except OSError as error:
+        error = processes.tell(_move(self.folder / str(step), aside))
+        if error:
             raise ConvnetError(
                 f"{corrupt}, and cannot be moved from {self.folder} to {aside}:"
-                f" {error.strerror or error}; move or remove it, and run the same"
-                " command again"
-            ) from error
+                f" {error}; move or remove it, and run the same command again"
+            )
         self._manager.reload()
         return aside

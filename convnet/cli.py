@@ -31,11 +31,13 @@ class Interrupted(BaseException):
 
     Attributes:
       signum: SIGINT or SIGTERM.
+      agreed: whether all processes of the run stop here.
     """
 
-    def __init__(self, signum: int, message: str = "") -> None:
+    def __init__(self, signum: int, message: str = "", agreed: bool = False) -> None:
         super().__init__(message or f"interrupted by {signal.Signals(signum).name}")
         self.signum = signum
+        self.agreed = agreed
 
 
 def run(
@@ -66,21 +68,28 @@ def run(
         values = parse(sys.argv, define, usage, rest)
         status = (main(values) if rest is None else main(values, rest)) or 0
         sys.stdout.flush()
-    except ConvnetError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        print("interrupted by SIGINT", file=sys.stderr)
-        status = 130
-    except Interrupted as error:
-        print(error, file=sys.stderr)
-        status = 128 + error.signum
-    except OSError as error:
-        if os.environ.get("CONVNET_TRACEBACK"):
+    except (Exception, KeyboardInterrupt, Interrupted) as error:
+        status = explain(error)
+        if status is None:
             raise
-        print(f"error: {error} (CONVNET_TRACEBACK=1 shows where)", file=sys.stderr)
-        status = 1
     sys.exit(status)
+
+
+def explain(error: BaseException) -> int | None:
+    """Prints what ended a run, and returns the exit status; None for a bug of ours."""
+    if isinstance(error, ConvnetError):
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted by SIGINT", file=sys.stderr)
+        return 130
+    if isinstance(error, Interrupted):
+        print(error, file=sys.stderr)
+        return 128 + error.signum
+    if isinstance(error, OSError) and not os.environ.get("CONVNET_TRACEBACK"):
+        print(f"error: {error} (CONVNET_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
+    return None
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:

@@ -94,9 +94,7 @@ def predict_split(
     order = order or EvalOrder(split.examples, batch_size)
     outputs: list[dict[str, jax.Array]] = []
     for batch in split.batches(order, 0, len(order)):
-        outputs.append(
-            {"index": batch["index"], **predict(variables, split.data, batch)}
-        )
+        outputs.append(predict(variables, split.data, batch))
         if len(outputs) > 8:  # Batches under way take memory.
             jax.block_until_ready(outputs[-8])
     host = jax.device_get(outputs)

@@ -123,7 +123,13 @@ def compute(it: "Run", split: pipeline.Split, name: str) -> Cached:
         for batch in tqdm(
             batches, "features", len(order), unit=" batches", delay=2, disable=None
         ):
-            compiled = compiled or it.compile(step, variables, split.data, batch)
+            compiled = compiled or it.compile(
+                step,
+                variables,
+                split.data,
+                batch,
+                out_shardings=mesh_lib.replicated(it.mesh),
+            )
             rows.append(compiled(variables, split.data, batch))
             if len(rows) > 8:  # Batches under way take memory.
                 jax.block_until_ready(rows[-8])

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from convnet import bundle, evaluate, preview, report, resolve
+from convnet import bundle, evaluate, preview, processes, report, resolve
 from convnet import checkpoint as checkpoint_lib
 from convnet import config as config_lib
 from convnet import mesh as mesh_lib
@@ -21,7 +21,8 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 def finish(it: Run, workdir: Workdir, command: str) -> dict[str, Any]:
     """Evaluates the last state, writes the model file, the report, then result.json.
 
-    result.json comes last: where it exists, the run is finished.
+    result.json comes last: where it exists, the run is finished. All processes
+    evaluate, and process 0 writes.
 
     Returns:
       The content of result.json.
@@ -31,12 +32,16 @@ def finish(it: Run, workdir: Workdir, command: str) -> dict[str, Any]:
         it.predicted = evaluate.predict_views(
             it.predict, it.state.variables(), it.split("test"), it.config
         )
+    for split in it.splits.values():
+        split.bad.share()
     result = _result(it, evaluate.summary(it.predicted))
-    bundle.save(workdir.path / "model.safetensors", _bundle(it, result, command))
-    contents = page(it, workdir, result, command)
-    report.write(workdir.path / "report.html", contents)
-    workdir.write_json("result.json", result)
-    return result
+    model = _bundle(it, result, command)
+    if processes.leads():
+        bundle.save(workdir.path / "model.safetensors", model)
+        contents = page(it, workdir, result, command)
+        report.write(workdir.path / "report.html", contents)
+        workdir.write_json("result.json", result)
+    return processes.tell(result)
 
 
 def versions() -> dict[str, str]:
@@ -92,7 +97,7 @@ def _bundle(it: Run, result: dict[str, Any], command: str) -> bundle.Bundle:
             "std": tuple(config.data.std),
         },
         provenance={**origin, "result": result},
-        variables=jax.device_get(it.state.variables()),
+        variables=mesh_lib.fetch(it.state.variables()),
         views=config.evaluate.tta,
     )
 

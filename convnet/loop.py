@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from convnet import checkpoint, evaluate
+from convnet import checkpoint, evaluate, processes
+from convnet import mesh as mesh_lib
 from convnet import step as step_lib
 from convnet.checkpoint import Checkpoints
 from convnet.cli import Interrupted
@@ -46,6 +47,7 @@ class Loop:
         self._waited = 0.0
         self._logged_seconds = it.train_seconds
         self._compiled: dict[tuple[int, bool], Any] = {}
+        self._dispatched, self._doing = 0, ""
 
     def run(self) -> None:
         """Runs to the last step.
@@ -58,7 +60,7 @@ class Loop:
         it = self._it
         self._progress = Progress(self._start, it.total_steps)
         dispatches = self._dispatches(it.total_steps)
-        with Signals() as signals:
+        with Signals(processes.several()) as signals, processes.watched(self._state):
             try:
                 # Off the clock: opening the data, starting workers.
                 dispatch = next(dispatches, None)
@@ -66,15 +68,21 @@ class Loop:
                 while dispatch is not None:
                     steps, batch = dispatch
                     train = self._train(steps, batch)
+                    self._doing = "waiting for the others"
                     it.state, metrics = train(it.state, it.split("train").data, batch)
                     self._count(steps, metrics)
                     # Before anything waits for the step: the next one is prepared
                     # while the devices compute.
+                    self._doing = "reading the data"
                     dispatch = self._next(dispatches)
+                    self._doing = ""
                     self._after_step(steps, signals)
             finally:
                 dispatches.close()
                 self._progress.close()
+
+    def _state(self) -> tuple[int, str]:
+        return self._done, self._doing
 
     def replay(self, stop: int) -> None:
         """Trains to step `stop`, without a log, an evaluation or a checkpoint."""
@@ -174,21 +182,27 @@ class Loop:
     def _after_step(self, steps: int, signals: Signals) -> None:
         before = self._done - steps
         evaluates, saves = self._due(self._done, before)
-        interrupted = signals.received is not None and self._done < self._it.total_steps
+        self._dispatched += 1
+        signum = processes.stop_signal(signals.received, self._dispatched)
+        interrupted = signum is not None and self._done < self._it.total_steps
         logs = self._passes(self._done, before, self._config.train.log_every)
         if logs or saves or interrupted:
             self._flush(saves or interrupted)
         if evaluates or saves or interrupted:
             self._check_state()
         score = self._evaluate() if evaluates else None
+        if evaluates or saves:
+            for split in self._it.splits.values():
+                split.bad.share()
         if saves or interrupted:
             self._save(score)
         if interrupted:
             self._checkpoints.wait()
             raise Interrupted(
-                signals.received,
+                signum,
                 f"stopped at step {self._done} of {self._it.total_steps}, saved;"
                 " the same command goes on from there",
+                agreed=True,
             )
         if evaluates or saves:
             self._clock = time.perf_counter()
@@ -260,7 +274,7 @@ class Loop:
         A finite loss can have a gradient that is not: the next loss would tell, after
         the state has been saved.
         """
-        for name, leaf in checkpoint.flat(jax.device_get(self._it.state)).items():
+        for name, leaf in checkpoint.flat(mesh_lib.fetch(self._it.state)).items():
             if not np.isfinite(leaf).all():
                 raise self._not_finite(f"{name} is not finite", self._done)
 

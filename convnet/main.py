@@ -9,6 +9,7 @@ The run goes on from its newest checkpoint if the workdir has one.
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from convnet import interrupt
 
@@ -17,7 +18,7 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from convnet import cli, mesh, resolve
+from convnet import cli, mesh, processes, resolve
 from convnet.errors import UsageError
 
 
@@ -43,6 +44,14 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
         " .json, suggest one, and stop",
         flag_values=values,
     )
+    flags.DEFINE_bool(
+        "distributed",
+        None,
+        "whether this is one process of several; by default it is where"
+        " JAX_COORDINATOR_ADDRESS is set, or where Slurm, Cloud TPU or Kubernetes has"
+        " started several",
+        flag_values=values,
+    )
 
 
 def main(values: flags.FlagValues) -> None:
@@ -58,6 +67,13 @@ def main(values: flags.FlagValues) -> None:
     experiment = Path(values["config"].config_filename).stem
     workdir = Path(values.workdir or f"runs/{experiment}").expanduser()
     settings = resolve.check_type(values.config, experiment)
+    # One process draws, or looks for a learning rate.
+    alone = values.preview or values.find_lr
+    with processes.joined(False if alone else values.distributed):
+        _run(values, settings, workdir)
+
+
+def _run(values: flags.FlagValues, settings: Any, workdir: Path) -> None:
     mesh.start(settings.compilation_cache, mesh.threads(settings))
     # After `start`, because this is what brings JAX up.
     from convnet import find_lr, prepare, preview, train

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from convnet.errors import UsageError
@@ -89,7 +90,7 @@ def _keep_heap() -> None:
 
 
 def make(batch_size: int, data: int = 0, fsdp: int = 1, shards: int = 0) -> Mesh:
-    """Returns the mesh (data, fsdp) of the first devices.
+    """Returns the mesh (data, fsdp) of the first devices, of each process as many.
 
     Args:
       batch_size: that must be shared evenly.
@@ -100,14 +101,24 @@ def make(batch_size: int, data: int = 0, fsdp: int = 1, shards: int = 0) -> Mesh
       UsageError: there are not so many devices, or the batch or the shards cannot be
         split evenly over them.
     """
-    devices = jax.devices()
+    devices, processes = jax.devices(), jax.process_count()
     data = data or len(devices) // fsdp
     used = data * fsdp
-    if not 0 < used <= len(devices) or used % jax.process_count():
+    if not 0 < used <= len(devices) or used % processes:
         raise UsageError(
             f"mesh.data = {data} times mesh.fsdp = {fsdp} asks for"
             f" {max(data, 1) * fsdp} devices, and there are {len(devices)}"
+            + (
+                f" in {processes} processes, each of which uses as many as the others"
+                if processes > 1
+                else ""
+            )
         )
+    if processes > 1:
+        # Each process has a stretch of the batch (`order.Part`).
+        each = used // processes
+        own = [[d for d in devices if d.process_index == i] for i in range(processes)]
+        devices = [device for mine in own for device in mine[:each]]
     if batch_size % used:
         raise UsageError(
             f"data.batch_size is {batch_size}, which {used} devices cannot"
@@ -179,18 +190,56 @@ def batched(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts a global host batch on the devices, split along its first axis."""
-    return jax.device_put(batch, batched(mesh))
+    """Puts a host batch on the devices, split by rows.
+
+    Of several processes each gives its own rows (`order.Part`).
+    """
+    return _put(batch, batched(mesh))
 
 
 def put_batches(mesh: Mesh, batches: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     """`put_batch` for a stack of batches (steps, b, ...): split along the second."""
-    return jax.device_put(batches, batched(mesh, axis=1))
+    return _put(batches, batched(mesh, axis=1))
 
 
 def put_whole(mesh: Mesh, tree: Any) -> Any:
-    """Puts a tree of arrays on every device."""
-    return jax.device_put(tree, replicated(mesh))
+    """Puts a tree of arrays, the same in all processes, on every device."""
+    return _put(tree, replicated(mesh))
+
+
+def put_parts(mesh: Mesh, part: Any, count: int) -> Any:
+    """Puts a tree on every device, whole, of which each process has some rows.
+
+    Args:
+      mesh: of the run.
+      part: of as many rows in each process, a multiple of its devices.
+      count: how many rows there are; the last process may have more, which are dropped.
+    """
+    cut = jax.jit(
+        lambda tree: jax.tree.map(lambda rows: rows[:count], tree),
+        out_shardings=replicated(mesh),
+    )
+    return cut(_put(part, batched(mesh)))
+
+
+def _put(tree: Any, sharding: NamedSharding) -> Any:
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    make = functools.partial(jax.make_array_from_process_local_data, sharding)
+    return jax.tree.map(lambda leaf: make(np.asarray(leaf)), tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Returns a tree of arrays on the host, whole; all processes call together."""
+
+    def whole(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array) or (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):
+            return leaf
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 @functools.cache
@@ -220,6 +269,7 @@ def _accepted(options: dict[str, Any]) -> bool:
 
 
 def describe(mesh: Mesh) -> str:
-    """Returns for example "2 x cpu (cpu)"."""
-    device = mesh.devices.flat[0]
-    return f"{mesh.devices.size} x {device.device_kind} ({device.platform})"
+    """Returns for example "2 x cpu (cpu)", "8 x cpu (cpu) in 2 processes"."""
+    device, count = mesh.devices.flat[0], jax.process_count()
+    processes = f" in {count} processes" if count > 1 else ""
+    return f"{mesh.devices.size} x {device.device_kind} ({device.platform}){processes}"

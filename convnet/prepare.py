@@ -97,7 +97,11 @@ class Run:
         """The compiled predict step."""
         if views not in self._predict:
             step = functools.partial(step_lib.predict_step, views=views)
-            self._predict[views] = self.compile(step, variables, data, batch)
+            # Whole on each device, for all processes.
+            whole = mesh_lib.replicated(self.mesh)
+            self._predict[views] = self.compile(
+                step, variables, data, batch, out_shardings=whole
+            )
         return self._predict[views](variables, data, batch)
 
 
@@ -226,7 +230,7 @@ def initial_state(it: Run) -> TrainState:
     if all(x.loaded for x in it.plan.leaves if x.collection == "batch_stats"):
         count = 1  # What would be measured is loaded.
     records = measure.spread(it.dataset.train, count)
-    inputs = jnp.asarray(np.stack([record["input"] for record in records]))
+    inputs = np.stack([record["input"] for record in records])
     create = functools.partial(step_lib.create_state, it.recipe)
     start = time.perf_counter()
     # Run once: compiling the random draws well would take ten times as long.

@@ -6,7 +6,6 @@ import jax
 import numpy as np
 from PIL import Image
 
-from convnet import mesh as mesh_lib
 from convnet import step as step_lib
 from convnet.data import pipeline
 from convnet.errors import UsageError
@@ -24,9 +23,8 @@ def examples(it: Run, count: int) -> tuple[np.ndarray | None, list[str]]:
     if len(shape) != 3 or shape[-1] not in (1, 3):
         return None, []
     host, _ = pipeline.read_batch(it.dataset.train, it.train_order(0))
-    batch = mesh_lib.put_batch(it.mesh, host)
-    augmented = it.compile(step_lib.augmented, 0, {}, batch)
-    seen = jax.device_get(augmented(0, {}, batch))
+    augmented = it.compile(step_lib.augmented, 0, {}, host)
+    seen = jax.device_get(augmented(0, {}, host))
     images = np.clip(np.rint(seen["input"][:count] * 255), 0, 255).astype(np.uint8)
     return images, [_caption(it, target) for target in seen["target"][:count]]
 

@@ -66,14 +66,20 @@ class Signals:
     """Notes SIGINT and SIGTERM instead of dying, so that a run can save first.
 
     A second signal ends at once. As a context manager it puts the old handlers back.
+
+    Args:
+      several: whether this is one process of several: then JAX takes SIGTERM, tells
+        the others, and takes SIGINT as one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, several: bool = False) -> None:
         self.received: int | None = None
+        self._several = several
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        handled = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
+        for signum in handled:
             self._before[signum] = signal.signal(signum, self._note)
         return self
 
@@ -87,3 +93,5 @@ class Signals:
         self.received = signum
         # Not print: a handler may interrupt the bar in the middle of its own writing.
         os.write(2, b"\nstopping after this step; once more stops at once\n")
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)

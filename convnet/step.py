@@ -258,8 +258,8 @@ def predict_step(
     """Predicts a batch, from the mean of the logits for `tta.VIEWS` of it.
 
     Returns:
-      `prediction` (b, ...), `label` (b, ...), `weight` (b,), and the task's metrics,
-      each (b,).
+      `index` (b,), `prediction` (b, ...), `label` (b, ...), `weight` (b,), and the
+      task's metrics, each (b,).
     """
     batch = materialize(data, batch)
     variables = mesh_lib.gathered(recipe.mesh, variables)
@@ -271,6 +271,7 @@ def predict_step(
         logits = tta.logits(apply, inputs, views)
     target = recipe.task.target(batch["label"])
     return {
+        "index": batch["index"],
         "prediction": recipe.task.predict(logits),
         "label": batch["label"],
         "weight": batch["weight"],

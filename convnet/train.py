@@ -1,12 +1,13 @@
 """A run, from the state in which the workdir stands to the report."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from convnet import config as config_lib
-from convnet import finish
+from convnet import finish, processes
 from convnet import mesh as mesh_lib
 from convnet.checkpoint import Checkpoints
 from convnet.data import measure
@@ -30,13 +31,16 @@ def run(config: ml_collections.ConfigDict, path: Path, command: str) -> dict[str
       ConvnetError: with the reason; what was done so far is kept.
       Interrupted: by a signal, after a checkpoint was saved.
     """
-    workdir = Workdir(path)
+    workdir = Workdir(path, writes=processes.leads())
     workdir.adopt(config)
     it = prepare(config)
     workdir.check(config)
     data = measure.fingerprint(it.dataset) | it.plan.fingerprint()
     workdir.check_data(data)
-    result = workdir.read_json("result.json")
+    processes.check_same(
+        {"config": config_lib.sha256(config), "data": json.dumps(data)}
+    )
+    result = processes.tell(workdir.read_json("result.json"))
     if result is not None:
         print(f"{path} is finished (step {result['step']}); nothing to do")
         return result
@@ -46,6 +50,7 @@ def run(config: ml_collections.ConfigDict, path: Path, command: str) -> dict[str
     workdir.write_json("data.json", data)
     if config.init_from:
         workdir.write_json("transfer.json", it.plan.to_dict())
+    processes.wait()
     print(_heading(it, path))
     checkpoints = Checkpoints(path / "checkpoints", config.checkpoint.keep)
     try:

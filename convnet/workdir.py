@@ -18,10 +18,16 @@ _ABSENT = object()
 
 
 class Workdir:
-    """config.json, data.json, metrics.jsonl, tensorboard/, result.json, their rules."""
+    """config.json, data.json, metrics.jsonl, tensorboard/, result.json, their rules.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+      path: of the folder.
+      writes: False for a process that leaves writing to another one.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
         self.path = path
+        self._writes = writes
         self._events: EventFile | None = None
         self._lock: IO[str] | None = None
 
@@ -31,6 +37,8 @@ class Workdir:
         Raises:
           ConvnetError: it cannot be made or written to.
         """
+        if not self._writes:
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".write-test.{os.getpid()}"
@@ -48,6 +56,8 @@ class Workdir:
         Raises:
           ConvnetError: another process trains here.
         """
+        if not self._writes:
+            return
         try:
             self._lock = open(self.path / ".lock", "w")  # noqa: SIM115
         except OSError:  # A place where one can only read, as `verify` does.
@@ -82,7 +92,8 @@ class Workdir:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes a JSON file into the folder."""
-        write(self.path / name, json.dumps(content, indent=2) + "\n")
+        if self._writes:
+            write(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def config(self) -> ml_collections.ConfigDict:
         """Returns the config of the run; keys younger than it have their defaults.
@@ -163,6 +174,8 @@ class Workdir:
 
     def cut(self, step: int) -> None:
         """Cuts metrics.jsonl back to `step`, and the TensorBoard curves with it."""
+        if not self._writes:
+            return
         path = self.path / "metrics.jsonl"
         rows = self._rows()
         kept = [row for row in rows if row is not None and row["step"] <= step]
@@ -196,6 +209,8 @@ class Workdir:
         Raises:
           ConvnetError: they cannot be written.
         """
+        if not self._writes:
+            return
         assert self._events is not None, "cut() comes first"
         path = self.path / "metrics.jsonl"
         try:
@@ -207,7 +222,7 @@ class Workdir:
             raise cannot_write(path, error) from error
 
     def close(self) -> None:
-        """Closes the TensorBoard file and lets others train here."""
+        """Closes the TensorBoard file and lets other runs train here."""
         for file in (self._events, self._lock):
             if file is not None:
                 file.close()

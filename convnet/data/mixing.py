@@ -19,7 +19,10 @@ def mix(values: jax.Array, keep: jax.Array) -> jax.Array:
         keep = colour.per_example(keep, values)
     # A shift by one: everyone's partner is someone else, also in the middle of an
     # odd batch, and over devices only one example crosses each border.
-    return keep * values + (1 - keep) * jnp.roll(values, 1, axis=0)
+    partner = jnp.roll(values, 1, axis=0)
+    # How a program brings partners over the border is not to change the rounding.
+    keep, values, partner = jax.lax.optimization_barrier((keep, values, partner))
+    return keep * values + (1 - keep) * partner
 
 
 def symmetric_beta(key: jax.Array, alpha: float, count: int) -> jax.Array:

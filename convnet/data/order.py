@@ -42,6 +42,22 @@ def _permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """The rows that one process of several holds of an order's batches."""
+
+    order: Order
+    process: int
+    processes: int
+
+    def __call__(self, step: int) -> HostBatch:
+        """Returns the part of the batch of a step."""
+        batch = self.order(step)
+        each = len(batch["index"]) // self.processes
+        rows = slice(self.process * each, (self.process + 1) * each)
+        return {name: values[rows] for name, values in batch.items()}
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalOrder:
     """Every example once, in order; the last batch is padded with weight 0."""
 

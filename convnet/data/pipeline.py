@@ -21,15 +21,17 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from convnet import mesh as mesh_lib
+from convnet import processes as processes_lib
 from convnet.data import source as source_lib
 from convnet.data.decode import DecodeError
-from convnet.data.order import HostBatch, Order
+from convnet.data.order import HostBatch, Order, Part
 from convnet.data.source import Source
 from convnet.errors import ConvnetError
 
@@ -69,6 +71,15 @@ class BadInputs:
                 + "\n".join(shown)
                 + "\nmend or remove them, or raise data.max_bad_fraction"
             )
+
+    def share(self) -> None:
+        """Adds what the other processes met; all call together.
+
+        Raises:
+          ConvnetError: as `add`, in all of them.
+        """
+        for found in processes_lib.gather([(i, *bad) for i, bad in self.found.items()]):
+            self.add({index: (name, reason) for index, name, reason in found})
 
     def listed(self) -> list[tuple[str, str]]:
         """Returns (id, reason) of each, in the order of the data."""
@@ -113,6 +124,8 @@ def _stand_in(source: Source, index: int) -> tuple[dict[str, Any], Bad]:
 class Resident:
     """A split that lies in device memory, whole, on every device.
 
+    Of several processes each reads a part, and has the rest from the others' devices.
+
     Attributes:
       data: `input` (n, ...), `label` (n, ...), `weight` (n,) on the devices.
     """
@@ -121,35 +134,49 @@ class Resident:
         self.examples = len(source)
         self.bad = bad
         self._mesh = mesh
-        self.data = mesh_lib.put_whole(mesh, _read_all(source, bad))
+        count, processes = len(source), jax.process_count()
+        if processes == 1:
+            self.data = mesh_lib.put_whole(mesh, _read(source, bad, 0, count))
+            return
+        each = -(-count // mesh.size) * mesh.size // processes
+        part = _read(source, bad, each * jax.process_index(), each)
+        self.data = mesh_lib.put_parts(mesh, part, count)
 
     def batches(self, order: Order, start: int, stop: int) -> Iterator[Any]:
         """Yields the device batches of steps start .. stop - 1."""
+        mine = _part(order)
         for step in range(start, stop):
-            yield mesh_lib.put_batch(self._mesh, order(step))
+            yield mesh_lib.put_batch(self._mesh, mine(step))
 
     def stack(self, order: Order, start: int, stop: int) -> dict[str, Any]:
         """Returns the device batches of steps start .. stop - 1 as one, (steps, b)."""
-        batches = [order(step) for step in range(start, stop)]
+        batches = [_part(order)(step) for step in range(start, stop)]
         stacked = {k: np.stack([batch[k] for batch in batches]) for k in batches[0]}
         return mesh_lib.put_batches(self._mesh, stacked)
 
 
-def _read_all(source: Source, bad: BadInputs) -> HostBatch:
-    chunks = [
-        np.arange(start, min(start + 256, len(source)))
-        for start in range(0, len(source), 256)
-    ]
+def _read(source: Source, bad: BadInputs, start: int, count: int) -> HostBatch:
+    """Reads so many records from `start` on; what is past the end is zero."""
+    stop = min(start + count, len(source))
+    chunks = [np.arange(i, min(i + 256, stop)) for i in range(start, stop, 256)]
 
     def load(index: np.ndarray) -> tuple[HostBatch, Bad]:
         return read_batch(source, {"index": index, "weight": np.ones(len(index), "f")})
 
-    data: HostBatch = {}
+    example = first(source)
+    data: HostBatch = {
+        name: np.zeros((count, *np.shape(value)), np.asarray(value).dtype)
+        for name, value in (
+            ("input", example["input"]),
+            ("label", example["label"]),
+            ("weight", np.float32(0)),
+        )
+    }
     # Threads, because decoders release the interpreter's lock.
     with (
         concurrent.futures.ThreadPoolExecutor(_threads()) as pool,
         tqdm(
-            total=len(source),
+            total=max(stop - start, 0),
             desc="reading",
             unit=" examples",
             delay=2,
@@ -158,17 +185,16 @@ def _read_all(source: Source, bad: BadInputs) -> HostBatch:
     ):
         for index, (chunk, found) in zip(chunks, pool.map(load, chunks), strict=True):
             bad.add(found)
-            for name in ("input", "label", "weight"):
-                if name not in data:
-                    shape = (len(source), *chunk[name].shape[1:])
-                    data[name] = np.empty(shape, chunk[name].dtype)
-                data[name][index] = chunk[name]
+            for name, values in data.items():
+                values[index - start] = chunk[name]
             bar.update(len(index))
     return data
 
 
 class Streaming:
     """A split that is read, decoded and sent while the devices compute.
+
+    Of several processes each reads the part of a batch that its devices hold.
 
     Attributes:
       data: empty; the batches carry the examples.
@@ -193,7 +219,7 @@ class Streaming:
         # Grain reads absl's global flags, and our entry points have flags of their own.
         flags.FLAGS.mark_as_parsed()
         steps = grain.MapDataset.range(start, stop).map(
-            functools.partial(_load_step, self._source, order)
+            functools.partial(_load_step, self._source, _part(order))
         )
         threads = 1 if self._workers else _threads()
         options = grain.ReadOptions(
@@ -222,6 +248,11 @@ class Streaming:
             # what still lies there when the process ends is a leak.
             batch = {name: np.array(value) for name, value in batch.items()}
         return mesh_lib.put_batch(self._mesh, batch)
+
+
+def _part(order: Order) -> Order:
+    """What this process reads: its workers do not know that it is one of several."""
+    return Part(order, jax.process_index(), jax.process_count())
 
 
 def _threads() -> int:
