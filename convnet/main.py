@@ -26,19 +26,6 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
         flag_values=values,
     )
     flags.DEFINE_bool(
-        "preview",
-        False,
-        "write WORKDIR/preview.png, a sheet of augmented images, and stop",
-        flag_values=values,
-    )
-    flags.DEFINE_bool(
-        "find_lr",
-        False,
-        "try growing learning rates for up to 100 steps, write WORKDIR/find_lr.png and"
-        " .json, suggest one, and stop",
-        flag_values=values,
-    )
-    flags.DEFINE_bool(
         "dry_run",
         False,
         "compile a train step for the mesh, on CPU devices that are made up, print what"
@@ -57,6 +44,19 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
         80.0,
         "--dry_run: memory of a device, in 10^9 bytes",
         lower_bound=0.001,
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "preview",
+        False,
+        "write WORKDIR/preview.png, a sheet of augmented images, and stop",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "find_lr",
+        False,
+        "try growing learning rates for up to 100 steps, write WORKDIR/find_lr.png and"
+        " .json, suggest one, and stop",
         flag_values=values,
     )
 
