@@ -36,6 +36,8 @@ Bad = dict[int, tuple[str, str]]  # index -> (id, reason)
 _CPU_RESIDENT_BYTES = 2 << 30
 # Each holds a batch; what they do outside decoders, one at a time, limits them sooner.
 _MAX_THREADS = 16
+# After SIGTERM, a worker process goes on for so long.
+_LAST_SECONDS = 30
 
 
 class BadInputs:
@@ -197,7 +199,7 @@ class Streaming:
             num_threads=threads, prefetch_buffer_size=threads + 2
         )
         dataset = steps.to_iter_dataset(options).mp_prefetch(
-            grain.MultiprocessingOptions(self._workers), worker_init_fn=_ignore_ctrl_c
+            grain.MultiprocessingOptions(self._workers), worker_init_fn=_outlive_signals
         )
         # One batch ahead: its copy to the device overlaps with the step before.
         ahead: collections.deque[Any] = collections.deque()
@@ -228,9 +230,14 @@ def _threads() -> int:
     return min(len(allowed), _MAX_THREADS)
 
 
-def _ignore_ctrl_c(worker: int, workers: int) -> None:
-    """Leaves Ctrl-C, which reaches a terminal's every process, to the main one."""
+def _outlive_signals(worker: int, workers: int) -> None:
+    """Leaves signals to the main process, whose last batches come from here.
+
+    Ctrl-C reaches all processes of a terminal, and Slurm's SIGTERM all of a task. The
+    main process ends its workers in another way, if it can.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_LAST_SECONDS))
 
 
 def _load_step(source: Source, order: Order, step: int) -> tuple[HostBatch, Bad]:
