@@ -14,9 +14,11 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
+import itertools
+import multiprocessing.resource_tracker
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import ml_collections
@@ -38,6 +40,7 @@ _CPU_RESIDENT_BYTES = 2 << 30
 _MAX_THREADS = 16
 # After SIGTERM, a worker process goes on for so long.
 _LAST_SECONDS = 30
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class BadInputs:
@@ -204,7 +207,7 @@ class Streaming:
         # One batch ahead: its copy to the device overlaps with the step before.
         ahead: collections.deque[Any] = collections.deque()
         # An error's traceback would keep Grain's iterator, and its processes, alive.
-        with contextlib.closing(iter(dataset)) as batches:
+        with contextlib.closing(_started(dataset)) as batches:
             for batch, found in batches:
                 self.bad.add(found)
                 ahead.append(self._put(batch))
@@ -230,6 +233,21 @@ def _threads() -> int:
     return min(len(allowed), _MAX_THREADS)
 
 
+def _started(dataset: Any) -> Generator[tuple[HostBatch, Bad], None, None]:
+    """Iterates over a dataset whose processes are born deaf to signals."""
+    # It is started with the first process, and would leave the signals unblocked.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        batches = iter(dataset)
+        first = list(itertools.islice(batches, 1))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with contextlib.closing(batches):
+        yield from first
+        yield from batches
+
+
 def _outlive_signals(worker: int, workers: int) -> None:
     """Leaves signals to the main process, whose last batches come from here.
 
@@ -238,6 +256,7 @@ def _outlive_signals(worker: int, workers: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_LAST_SECONDS))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _load_step(source: Source, order: Order, step: int) -> tuple[HostBatch, Bad]:
