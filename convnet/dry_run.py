@@ -116,7 +116,7 @@ def _largest(it: Run, need: Need, memory_gb: float) -> str:
 
     parts = max(it.recipe.shards, 1) * it.recipe.accumulate
     unit = math.lcm(parts, it.mesh.size) // it.mesh.size
-    batch, size = largest_batch(total, limit, unit)
+    batch, size = largest_batch(total, limit, unit, need.batch)
     if not batch:
         return f"memory: not even {unit} examples a device fit into {memory_gb:g} GB"
     return (
@@ -127,7 +127,7 @@ def _largest(it: Run, need: Need, memory_gb: float) -> str:
 
 
 def largest_batch(
-    total: Callable[[int], int], limit: float, unit: int
+    total: Callable[[int], int], limit: float, unit: int, start: int
 ) -> tuple[int, int]:
     """Finds the largest batch that fits, of those that are `unit` times a power of two.
 
@@ -137,14 +137,14 @@ def largest_batch(
       total: bytes of a batch, growing with it.
       limit: bytes that there are.
       unit: the smallest batch.
+      start: where the line begins; it goes through four times that, too.
 
     Returns:
       The batch and its bytes; (0, the bytes of `unit`) if not even that fits.
     """
     total = functools.cache(total)
-    small, large = 8 * unit, 32 * unit
-    slope = max((total(large) - total(small)) / (large - small), 1e-9)
-    fit = small + (limit - total(small)) / slope
+    slope = max((total(4 * start) - total(start)) / (3 * start), 1e-9)
+    fit = start + (limit - total(start)) / slope
     power = max(math.floor(math.log2(max(fit / unit, 1))), 0)
     while power and total(unit << power) > limit:
         power -= 1

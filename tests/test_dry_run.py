@@ -180,7 +180,7 @@ def test_the_largest_batch_is_the_largest(limit, unit):
     def size(batch):
         return 100 + 30 * batch + int(20 * math.sqrt(batch))
 
-    batch, needed = dry_run.largest_batch(size, limit, unit)
+    batch, needed = dry_run.largest_batch(size, limit, unit, 3 * unit)
     if not batch:
         assert needed == size(unit) > limit
         return
@@ -191,7 +191,8 @@ def test_the_largest_batch_is_the_largest(limit, unit):
 def test_the_app_prints_it_and_leaves_nothing_behind(tmp_path):
     arguments = ["-m", "convnet.main", "--config=experiments/timeseries.py"]
     changes = ["--dry_run", "--devices=2", "--memory_gb=0.02"]
-    small = ["--config.model.widths=(8,)", "--config.compilation_cache=none"]
+    small = ["--config.model.widths=(8,)", "--config.model.depth=1"]
+    small += ["--config.compilation_cache=none"]
     done = child([*arguments, *changes, *small], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 x 1 devices (data x fsdp)" in done.stdout
