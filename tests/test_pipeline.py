@@ -7,7 +7,6 @@ import gc
 import itertools
 import multiprocessing
 import os
-import signal
 import threading
 import time
 from multiprocessing import shared_memory
@@ -249,27 +248,6 @@ def test_workers_are_processes_and_give_the_same_batches(mesh):
     while shared_memory.SharedMemory in {type(thing) for thing in gc.get_objects()}:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def outlive_signals(ready):
-    pipeline._LAST_SECONDS = 1
-    pipeline._outlive_signals(0, 1)
-    ready.set()
-    time.sleep(60)
-
-
-def test_workers_outlive_sigterm_for_a_while():
-    """Slurm sends it to all processes; the last steps need their batches."""
-    context = multiprocessing.get_context("spawn")
-    ready = context.Event()
-    worker = context.Process(target=outlive_signals, args=(ready,), daemon=True)
-    worker.start()
-    assert ready.wait(60)
-    worker.terminate()
-    worker.join(0.3)
-    assert worker.is_alive()
-    worker.join(30)
-    assert worker.exitcode == -signal.SIGALRM
 
 
 def test_leaving_early_ends_the_readers(mesh):

@@ -15,9 +15,11 @@ import contextlib
 import functools
 import gc
 import itertools
+import multiprocessing
 import multiprocessing.resource_tracker
 import os
 import signal
+import threading
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -38,8 +40,7 @@ Bad = dict[int, tuple[str, str]]  # index -> (id, reason)
 _CPU_RESIDENT_BYTES = 2 << 30
 # Each holds a batch; what they do outside decoders, one at a time, limits them sooner.
 _MAX_THREADS = 16
-# After SIGTERM, a worker process goes on for so long.
-_LAST_SECONDS = 30
+_SECONDS_AFTER_SIGTERM = 30
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -202,7 +203,7 @@ class Streaming:
             num_threads=threads, prefetch_buffer_size=threads + 2
         )
         dataset = steps.to_iter_dataset(options).mp_prefetch(
-            grain.MultiprocessingOptions(self._workers), worker_init_fn=_outlive_signals
+            grain.MultiprocessingOptions(self._workers), worker_init_fn=_start_worker
         )
         # One batch ahead: its copy to the device overlaps with the step before.
         ahead: collections.deque[Any] = collections.deque()
@@ -226,6 +227,25 @@ class Streaming:
         return mesh_lib.put_batch(self._mesh, batch)
 
 
+def _started(dataset: Any) -> Generator[tuple[HostBatch, Bad], None, None]:
+    """Iterates over a dataset whose processes are born deaf to signals."""
+    # It is started with the first process, and would leave the signals unblocked.
+    multiprocessing.resource_tracker.ensure_running()
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        contextlib.closing(iter(dataset)) as batches,
+    ):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            # This thread and what it starts are deaf; the main thread, which waits for
+            # it, is not.
+            first = pool.submit(lambda: list(itertools.islice(batches, 1)))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield from first.result()
+        yield from batches
+
+
 def _threads() -> int:
     """As many as this process may use cores."""
     # macOS has no affinity.
@@ -233,30 +253,23 @@ def _threads() -> int:
     return min(len(allowed), _MAX_THREADS)
 
 
-def _started(dataset: Any) -> Generator[tuple[HostBatch, Bad], None, None]:
-    """Iterates over a dataset whose processes are born deaf to signals."""
-    # It is started with the first process, and would leave the signals unblocked.
-    multiprocessing.resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        batches = iter(dataset)
-        first = list(itertools.islice(batches, 1))
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    with contextlib.closing(batches):
-        yield from first
-        yield from batches
+def _start_worker(worker: int, workers: int) -> None:
+    """Leaves signals, which may reach every process, to the main one, and ends with it.
 
-
-def _outlive_signals(worker: int, workers: int) -> None:
-    """Leaves signals to the main process, whose last batches come from here.
-
-    Ctrl-C reaches all processes of a terminal, and Slurm's SIGTERM all of a task. The
-    main process ends its workers in another way, if it can.
+    Workers that a killed main process leaves behind would wait for it for ever, and
+    what they share with it would stay in memory.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_LAST_SECONDS))
+    # The main process may still want a batch before it saves.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _load_step(source: Source, order: Order, step: int) -> tuple[HostBatch, Bad]:
