@@ -1,6 +1,7 @@
 """Our side of the benchmarks: a run on random images, prepared as every run is."""
 
 import contextlib
+import importlib.util
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,27 +13,43 @@ import ml_collections
 import numpy as np
 
 from benchmarks.peers import memory, protocol
+from convnet import cli, prepare, step
 from convnet import config as config_lib
-from convnet import prepare, step
 from convnet.data.order import EvalOrder
+from convnet.errors import UsageError
 
 # In one program, on an accelerator; a run has up to an epoch's.
 STEPS_TOGETHER = 25
 
 
 @contextlib.contextmanager
-def random_images(images: int, size: int) -> Iterator[str]:
+def random_images(images: int, size: int, classes: int = 10) -> Iterator[str]:
     """Writes an .npz of random training images (and as many labels); gives its path."""
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "images.npz"
         inputs = rng.integers(0, 256, (images, size, size, 3), np.uint8)
-        labels = rng.integers(0, 10, images)
-        labels[:10] = np.arange(10)
+        labels = rng.integers(0, classes, images)
+        labels[:classes] = np.arange(classes)
         np.savez(
             path, x_train=inputs, y_train=labels, x_test=inputs[:10], y_test=labels[:10]
         )
         yield str(path)
+
+
+def experiment(name: str) -> ml_collections.ConfigDict:
+    """Returns the config of experiments/NAME.py.
+
+    Raises:
+      UsageError: there is none.
+    """
+    path = cli.PROJECT / "experiments" / f"{name}.py"
+    if not path.is_file():
+        raise UsageError(f"--experiments names {name}: there is no {path}")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
 
 
 def config(

@@ -10,7 +10,6 @@ longer a reproducible step takes. `temporary` is what the compiled step allocate
 its arguments and results.
 """
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ from benchmarks import ours
 from benchmarks import table as table_lib
 from benchmarks.table import Row, Table
 from convnet import cli, prepare
-from convnet.errors import UsageError
 
 PEER = "by default"
 
@@ -65,13 +63,7 @@ class _Steps:
     """The compiled train step of an experiment, and its state."""
 
     def __init__(self, name: str, shards: int) -> None:
-        path = cli.PROJECT / "experiments" / f"{name}.py"
-        if not path.is_file():
-            raise UsageError(f"--experiments names {name}: there is no {path}")
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        config = module.get_config()
+        config = ours.experiment(name)
         config.reproducible = shards > 0
         config.mesh.shards = shards or config.mesh.shards
         config.compilation_cache = "none"

@@ -89,15 +89,15 @@ def wanted(
         if how == "on":
             raise UsageError(f"transfer.cache_features is 'on', but {why}")
         return False
-    features = _shape(recipe, jax.ShapeDtypeStruct(shape, np.float32))
+    features = shape_of(recipe, jax.ShapeDtypeStruct(shape, np.float32))
     size = count * examples * math.prod(features.shape) * features.dtype.itemsize
     seen = resolve.total_steps(config, examples) * config.data.batch_size
     spares = seen > count * examples
     return how == "on" or (spares and size <= pipeline.resident_bytes(mesh))
 
 
-def _shape(recipe: Recipe, example: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The features of one example, (1, ...)."""
+def shape_of(recipe: Recipe, example: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns the features of one example (1, *spatial, c), which are (1, ...)."""
 
     def run(inputs: jax.Array) -> jax.Array:
         variables = recipe.model.init(recipe.key(0, 0), inputs, train=False)

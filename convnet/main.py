@@ -32,6 +32,27 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
         flag_values=values,
     )
     flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "compile a train step for the mesh, on CPU devices that are made up, print what"
+        " it needs, and stop",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "devices",
+        None,
+        "--dry_run: devices there are; by default as many as the config's mesh names",
+        lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "memory_gb",
+        80.0,
+        "--dry_run: memory of a device, in 10^9 bytes",
+        lower_bound=0.001,
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
         "preview",
         False,
         "write WORKDIR/preview.png, a sheet of augmented images, and stop",
@@ -55,7 +76,7 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def main(values: flags.FlagValues) -> None:
-    """Trains, previews the augmentation, or tests learning rates.
+    """Trains, previews the augmentation, tests learning rates, or a mesh.
 
     Raises:
       ConvnetError: the run cannot go on, with the reason.
@@ -67,21 +88,29 @@ def main(values: flags.FlagValues) -> None:
     experiment = Path(values["config"].config_filename).stem
     workdir = Path(values.workdir or f"runs/{experiment}").expanduser()
     settings = resolve.check_type(values.config, experiment)
-    # One process draws, or looks for a learning rate.
-    alone = values.preview or values.find_lr
+    # One process draws, looks for a learning rate, or compiles for others.
+    alone = values.preview or values.find_lr or values.dry_run
     with processes.joined(False if alone else values.distributed):
         _run(values, settings, workdir)
 
 
 def _run(values: flags.FlagValues, settings: Any, workdir: Path) -> None:
+    if values.dry_run:
+        mesh.pretend(values.devices or max(settings.mesh.data, 1) * settings.mesh.fsdp)
+    elif values.devices or values["memory_gb"].present:
+        name = "devices" if values.devices else "memory_gb"
+        raise UsageError(f"--{name} is for --dry_run, which is missing")
     mesh.start(settings.compilation_cache, mesh.threads(settings))
     # After `start`, because this is what brings JAX up.
-    from convnet import find_lr, prepare, preview, train
+    from convnet import dry_run, find_lr, prepare, preview, train
 
     if values.preview:
         path = workdir / "preview.png"
         count = preview.write_contact_sheet(prepare.prepare(settings), path)
         print(f"{count} augmented images: {path}")
+        return
+    if values.dry_run:
+        print(dry_run.run(settings, values.memory_gb))
         return
     if values.find_lr:
         find_lr.run(settings, workdir)

@@ -67,6 +67,15 @@ def start(compilation_cache: str, threads: int = 0) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def pretend(devices: int) -> None:
+    """Gives this process so many CPU devices, and no others: to compile for a mesh.
+
+    Called by an entry point before `start`.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+
+
 def threads(config: Any) -> int:
     """Returns how many CPU threads a run needs, 0 for as many as there are.
 

@@ -14,11 +14,13 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
+import itertools
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
@@ -41,6 +43,7 @@ _CPU_RESIDENT_BYTES = 2 << 30
 # Each holds a batch; what they do outside decoders, one at a time, limits them sooner.
 _MAX_THREADS = 16
 _SECONDS_AFTER_SIGTERM = 30
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class BadInputs:
@@ -231,7 +234,7 @@ class Streaming:
         # One batch ahead: its copy to the device overlaps with the step before.
         ahead: collections.deque[Any] = collections.deque()
         # An error's traceback would keep Grain's iterator, and its processes, alive.
-        with contextlib.closing(iter(dataset)) as batches:
+        with contextlib.closing(_started(dataset)) as batches:
             for batch, found in batches:
                 self.bad.add(found)
                 ahead.append(self._put(batch))
@@ -255,6 +258,25 @@ def _part(order: Order) -> Order:
     return Part(order, jax.process_index(), jax.process_count())
 
 
+def _started(dataset: Any) -> Generator[tuple[HostBatch, Bad], None, None]:
+    """Iterates over a dataset whose processes are born deaf to signals."""
+    # It is started with the first process, and would leave the signals unblocked.
+    multiprocessing.resource_tracker.ensure_running()
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        contextlib.closing(iter(dataset)) as batches,
+    ):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            # This thread and what it starts are deaf; the main thread, which waits for
+            # it, is not.
+            first = pool.submit(lambda: list(itertools.islice(batches, 1)))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield from first.result()
+        yield from batches
+
+
 def _threads() -> int:
     """As many as this process may use cores."""
     # macOS has no affinity.
@@ -271,6 +293,7 @@ def _start_worker(worker: int, workers: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The main process may still want a batch before it saves.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     parent = multiprocessing.parent_process()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
