@@ -268,10 +268,10 @@ def test_leaving_early_ends_the_readers(mesh):
 
 ORPHANS = """
 import multiprocessing, os, time
-from convnet.data import pipeline
+from convnet.data import workers
 
 def work(started):
-    pipeline._start_worker(0, 1)
+    workers.start(0, 1)
     started.send(os.getpid())
     time.sleep(60)
 

@@ -14,13 +14,7 @@ import concurrent.futures
 import contextlib
 import functools
 import gc
-import itertools
-import multiprocessing
-import multiprocessing.resource_tracker
-import os
-import signal
-import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -32,6 +26,7 @@ from tqdm import tqdm
 from convnet import mesh as mesh_lib
 from convnet import processes as processes_lib
 from convnet.data import source as source_lib
+from convnet.data import workers as workers_lib
 from convnet.data.decode import DecodeError
 from convnet.data.order import HostBatch, Order, Part
 from convnet.data.source import Source
@@ -40,10 +35,6 @@ from convnet.errors import ConvnetError
 Bad = dict[int, tuple[str, str]]  # index -> (id, reason)
 
 _CPU_RESIDENT_BYTES = 2 << 30
-# Each holds a batch; what they do outside decoders, one at a time, limits them sooner.
-_MAX_THREADS = 16
-_SECONDS_AFTER_SIGTERM = 30
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class BadInputs:
@@ -177,7 +168,7 @@ def _read(source: Source, bad: BadInputs, start: int, count: int) -> HostBatch:
     }
     # Threads, because decoders release the interpreter's lock.
     with (
-        concurrent.futures.ThreadPoolExecutor(_threads()) as pool,
+        concurrent.futures.ThreadPoolExecutor(workers_lib.threads()) as pool,
         tqdm(
             total=max(stop - start, 0),
             desc="reading",
@@ -224,17 +215,17 @@ class Streaming:
         steps = grain.MapDataset.range(start, stop).map(
             functools.partial(_load_step, self._source, _part(order))
         )
-        threads = 1 if self._workers else _threads()
+        threads = 1 if self._workers else workers_lib.threads()
         options = grain.ReadOptions(
             num_threads=threads, prefetch_buffer_size=threads + 2
         )
         dataset = steps.to_iter_dataset(options).mp_prefetch(
-            grain.MultiprocessingOptions(self._workers), worker_init_fn=_start_worker
+            grain.MultiprocessingOptions(self._workers), workers_lib.start
         )
         # One batch ahead: its copy to the device overlaps with the step before.
         ahead: collections.deque[Any] = collections.deque()
         # An error's traceback would keep Grain's iterator, and its processes, alive.
-        with contextlib.closing(_started(dataset)) as batches:
+        with contextlib.closing(workers_lib.started(dataset)) as batches:
             for batch, found in batches:
                 self.bad.add(found)
                 ahead.append(self._put(batch))
@@ -256,51 +247,6 @@ class Streaming:
 def _part(order: Order) -> Order:
     """What this process reads: its workers do not know that it is one of several."""
     return Part(order, jax.process_index(), jax.process_count())
-
-
-def _started(dataset: Any) -> Generator[tuple[HostBatch, Bad], None, None]:
-    """Iterates over a dataset whose processes are born deaf to signals."""
-    # It is started with the first process, and would leave the signals unblocked.
-    multiprocessing.resource_tracker.ensure_running()
-    with (
-        concurrent.futures.ThreadPoolExecutor(1) as pool,
-        contextlib.closing(iter(dataset)) as batches,
-    ):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        try:
-            # This thread and what it starts are deaf; the main thread, which waits for
-            # it, is not.
-            first = pool.submit(lambda: list(itertools.islice(batches, 1)))
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        yield from first.result()
-        yield from batches
-
-
-def _threads() -> int:
-    """As many as this process may use cores."""
-    # macOS has no affinity.
-    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-    return min(len(allowed), _MAX_THREADS)
-
-
-def _start_worker(worker: int, workers: int) -> None:
-    """Leaves signals, which may reach every process, to the main one, and ends with it.
-
-    Workers that a killed main process leaves behind would wait for it for ever, and
-    what they share with it would stay in memory.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The main process may still want a batch before it saves.
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_AFTER_SIGTERM))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: Any) -> None:
-    parent.join()
-    os._exit(1)
 
 
 def _load_step(source: Source, order: Order, step: int) -> tuple[HostBatch, Bad]:
