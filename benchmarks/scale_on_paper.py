@@ -123,7 +123,9 @@ MACHINES = {
     ),
     "Big Basin": Machines(8, 80e9, 6.25e9, "Goyal et al. 2017: NVLink, 50 Gb/s a node"),
     "25 GbE": Machines(4, 16e9, 3.125e9, "Horovod: 4 GPUs, 25 Gb/s; PCIe 3 assumed"),
-    "10 GbE": Machines(1, 1.25e9, 1.25e9, "10 Gb/s a node", hop_outside=50e-6),
+    "10 GbE": Machines(
+        1, 1.25e9, 1.25e9, "assumed: 10 Gb/s a node, 50 µs a hop", hop_outside=50e-6
+    ),
 }
 
 # Which speeds on which machines are predicted.
