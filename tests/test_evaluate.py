@@ -106,6 +106,7 @@ def predict_with(tables, seen):
         prediction = tables[views][index]
         loss = prediction.reshape(len(index), -1).sum(1)
         return {
+            "index": index,
             "prediction": prediction,
             "label": index * 10,
             "weight": weight,
