@@ -47,7 +47,8 @@ class Loop:
         self._waited = 0.0
         self._logged_seconds = it.train_seconds
         self._compiled: dict[tuple[int, bool], Any] = {}
-        self._dispatched, self._doing = 0, ""
+        self._dispatched = 0
+        self._doing, self._waiting = processes.ANYTHING, processes.STARTING
 
     def run(self) -> None:
         """Runs to the last step.
@@ -68,14 +69,14 @@ class Loop:
                 while dispatch is not None:
                     steps, batch = dispatch
                     train = self._train(steps, batch)
-                    self._doing = "waiting for the others"
+                    self._doing = self._waiting
                     it.state, metrics = train(it.state, it.split("train").data, batch)
                     self._count(steps, metrics)
-                    self._doing = ""
+                    self._doing = processes.ANYTHING
                     self._after_step(steps, signals)
                     self._doing = "reading the data"
                     dispatch = self._next(dispatches)
-                    self._doing = ""
+                    self._doing = processes.ANYTHING
             finally:
                 dispatches.close()
                 self._progress.close()
@@ -167,6 +168,7 @@ class Loop:
         ahead = max(ahead // steps, 1)
         if len(self._pending) > ahead:
             jax.block_until_ready(self._pending[-1 - ahead])
+            self._waiting = processes.WAITING
 
     def _due(self, done: int, before: int) -> tuple[bool, bool]:
         """Whether to evaluate, and whether to save, after step `done`."""

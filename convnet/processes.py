@@ -43,6 +43,8 @@ _TO_MEET = 300
 # A training loop hangs when nothing has happened for so long, or for ten times as long
 # as ever before. Who waits for others gives the others time to say so first.
 _STILL, _WAITS_LONGER = 60.0, 10.0
+# What a loop is doing (`watched`).
+ANYTHING, STARTING, WAITING = "", "waiting for its first step", "waiting for the others"
 _DAY = 24 * 3600 * 1000  # milliseconds
 _FAILED, _ALIVE = "convnet/failed", "convnet/alive"
 # What JAX raises where another process has gone away.
@@ -174,7 +176,8 @@ def watched(doing: Callable[[], tuple[Any, str]]) -> Iterator[None]:
 
     Args:
       doing: returns a value that changes with each round, and what the loop is doing:
-        "waiting for the others", "" for what may take any time, or something else.
+        ANYTHING, which may take any time, STARTING, which shows how long a step takes,
+        WAITING, or something else.
     """
     if not several():
         yield
@@ -186,13 +189,13 @@ def watched(doing: Callable[[], tuple[Any, str]]) -> Iterator[None]:
         while not over.wait(1.0):
             now, age = doing(), time.monotonic() - since
             if now != last:
-                longest = longest if last[1] == "" else max(longest, age)
+                longest = longest if last[1] == ANYTHING else max(longest, age)
                 last, since = now, time.monotonic()
                 continue
             limit = max(_STILL, 10 * longest)
-            if now[1] == "waiting for the others":
+            if now[1] == WAITING:
                 limit += _WAITS_LONGER
-            if now[1] and age > limit:
+            if now[1] not in (ANYTHING, STARTING) and age > limit:
                 _end(f"{_name()} hangs: for {age:.0f} s it has been {now[1]}")
 
     thread = threading.Thread(target=run, daemon=True, name="convnet hangs")
