@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from convnet import cli, mesh, processes, resolve
+from convnet import cli, mesh, resolve, together
 from convnet.errors import UsageError
 
 
@@ -64,7 +64,7 @@ def main(values: flags.FlagValues) -> None:
     settings = resolve.check_type(values.config, experiment)
     # One process draws, or looks for a learning rate.
     alone = values.preview or values.find_lr
-    with processes.joined(False if alone else values.distributed):
+    with together.joined(False if alone else values.distributed):
         _run(values, settings, workdir)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from convnet import mesh as mesh_lib
-from convnet import prepare, processes, train
+from convnet import prepare, processes, together, train
 from convnet.checkpoint import Checkpoints, sha256
 from convnet.data.order import Part, TrainOrder
 from convnet.errors import UsageError
@@ -239,17 +239,17 @@ def test_a_process_of_its_own_joins_nobody(monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(jax.distributed, "initialize", None)
-    with processes.joined(None):
+    with together.joined(None):
         assert processes.leads() and processes.gather(3) == [3]
     with pytest.raises(UsageError, match="several processes need JAX_COORDINATOR"):
-        with processes.joined(True):
+        with together.joined(True):
             pass
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "here:1")
-    with processes.joined(False):
+    with together.joined(False):
         pass
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(UsageError, match="JAX_NUM_PROCESSES=two: want a number"):
-        with processes.joined(None):
+        with together.joined(None):
             pass
 
 
@@ -264,4 +264,4 @@ def test_slurm_is_found(monkeypatch, tasks, a_node, given):
         monkeypatch.setenv(f"SLURM_{name}", "0")
     monkeypatch.setenv("SLURM_NTASKS", tasks)
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", a_node)
-    assert processes._found(None) == given
+    assert together._found(None) == given
