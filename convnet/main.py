@@ -62,6 +62,7 @@ def main(values: flags.FlagValues) -> None:
     experiment = Path(values["config"].config_filename).stem
     workdir = Path(values.workdir or f"runs/{experiment}").expanduser()
     settings = resolve.check_type(values.config, experiment)
+    mesh.fix_threads(mesh.threads(settings))
     # One process draws, or looks for a learning rate.
     alone = values.preview or values.find_lr
     with together.joined(False if alone else values.distributed):
