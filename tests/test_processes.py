@@ -1,5 +1,6 @@
 """Several processes: one result, only the own records read, and how they end."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,8 +16,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from convnet import cli, main, prepare, processes, together, train
 from convnet import mesh as mesh_lib
-from convnet import prepare, processes, together, train
 from convnet.checkpoint import Checkpoints, sha256
 from convnet.data.order import Part, TrainOrder
 from convnet.errors import UsageError
@@ -251,6 +252,24 @@ def test_a_process_of_its_own_joins_nobody(monkeypatch):
     with pytest.raises(UsageError, match="JAX_NUM_PROCESSES=two: want a number"):
         with together.joined(None):
             pass
+
+
+def test_threads_are_fixed_before_the_processes_meet(monkeypatch):
+    """JAX comes up when they do, and reads NPROC then."""
+    flags = ["main", "--config=experiments/digits.py", "--config.reproducible"]
+    values = cli.parse(flags, main.define, "")
+    monkeypatch.setenv("NPROC", "1")
+    met = []
+
+    @contextlib.contextmanager
+    def joined(wanted):
+        met.append((wanted, os.environ["NPROC"]))
+        yield
+
+    monkeypatch.setattr(together, "joined", joined)
+    monkeypatch.setattr(main, "_run", lambda *_: None)
+    main.main(values)
+    assert met == [(None, "8")]
 
 
 @pytest.mark.parametrize(
