@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from convnet import checkpoint, evaluate, processes
+from convnet import checkpoint, evaluate, processes, together
 from convnet import mesh as mesh_lib
 from convnet import step as step_lib
 from convnet.checkpoint import Checkpoints
@@ -47,7 +47,8 @@ class Loop:
         self._waited = 0.0
         self._logged_seconds = it.train_seconds
         self._compiled: dict[tuple[int, bool], Any] = {}
-        self._dispatched, self._doing = 0, ""
+        self._dispatched = 0
+        self._doing, self._waiting = together.ANYTHING, together.STARTING
 
     def run(self) -> None:
         """Runs to the last step.
@@ -60,7 +61,7 @@ class Loop:
         it = self._it
         self._progress = Progress(self._start, it.total_steps)
         dispatches = self._dispatches(it.total_steps)
-        with Signals(processes.several()) as signals, processes.watched(self._state):
+        with Signals(processes.several()) as signals, together.watched(self._state):
             try:
                 # Off the clock: opening the data, starting workers.
                 dispatch = next(dispatches, None)
@@ -68,14 +69,14 @@ class Loop:
                 while dispatch is not None:
                     steps, batch = dispatch
                     train = self._train(steps, batch)
-                    self._doing = "waiting for the others"
+                    self._doing = self._waiting
                     it.state, metrics = train(it.state, it.split("train").data, batch)
                     self._count(steps, metrics)
                     # Before anything waits for the step: the next one is prepared
                     # while the devices compute.
                     self._doing = "reading the data"
                     dispatch = self._next(dispatches)
-                    self._doing = ""
+                    self._doing = together.ANYTHING
                     self._after_step(steps, signals)
             finally:
                 dispatches.close()
@@ -169,6 +170,7 @@ class Loop:
         ahead = max(ahead // steps, 1)
         if len(self._pending) > ahead:
             jax.block_until_ready(self._pending[-1 - ahead])
+            self._waiting = together.WAITING
 
     def _due(self, done: int, before: int) -> tuple[bool, bool]:
         """Whether to evaluate, and whether to save, after step `done`."""

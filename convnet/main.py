@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from absl import flags
 
-from convnet import cli, mesh, processes, resolve
+from convnet import cli, mesh, resolve, together
 from convnet.errors import UsageError
 
 
@@ -88,9 +88,10 @@ def main(values: flags.FlagValues) -> None:
     experiment = Path(values["config"].config_filename).stem
     workdir = Path(values.workdir or f"runs/{experiment}").expanduser()
     settings = resolve.check_type(values.config, experiment)
+    mesh.fix_threads(mesh.threads(settings))
     # One process draws, looks for a learning rate, or compiles for others.
     alone = values.preview or values.find_lr or values.dry_run
-    with processes.joined(False if alone else values.distributed):
+    with together.joined(False if alone else values.distributed):
         _run(values, settings, workdir)
 
 

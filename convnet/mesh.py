@@ -48,11 +48,7 @@ def start(compilation_cache: str, threads: int = 0) -> None:
       compilation_cache: its folder; "auto" for the user's; "none" for no cache.
       threads: how many (`threads`); 0: as NPROC says, or one for each core.
     """
-    # macOS has no affinity.
-    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-    os.environ.setdefault("NPROC", str(len(allowed)))
-    if threads:
-        os.environ["NPROC"] = str(threads)
+    fix_threads(threads)
     if jax.default_backend() == "cpu":
         _keep_heap()
     if compilation_cache == "none":
@@ -74,6 +70,15 @@ def pretend(devices: int) -> None:
     """
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
+
+
+def fix_threads(threads: int) -> None:
+    """Fixes the number of CPU threads, before anything else that brings JAX up."""
+    # macOS has no affinity.
+    allowed = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    os.environ.setdefault("NPROC", str(len(allowed)))
+    if threads:
+        os.environ["NPROC"] = str(threads)
 
 
 def threads(config: Any) -> int:

@@ -1,5 +1,6 @@
 """Several processes: one result, only the own records read, and how they end."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,8 +16,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from convnet import cli, main, prepare, processes, together, train
 from convnet import mesh as mesh_lib
-from convnet import prepare, processes, train
 from convnet.checkpoint import Checkpoints, sha256
 from convnet.data.order import Part, TrainOrder
 from convnet.errors import UsageError
@@ -58,7 +59,7 @@ def get_config():
     config.data.cache = "none"
     config.data.max_bad_fraction = 0.1
     config.augment.mixup = 0.2
-    config.model.widths = (4,)
+    config.model.widths = (16,)  # wide enough for its kernels to share out threads
     config.model.depth = 1
     config.optimizer.lr = 0.01
     config.schedule.name = "constant"
@@ -239,18 +240,36 @@ def test_a_process_of_its_own_joins_nobody(monkeypatch):
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(jax.distributed, "initialize", None)
-    with processes.joined(None):
+    with together.joined(None):
         assert processes.leads() and processes.gather(3) == [3]
     with pytest.raises(UsageError, match="several processes need JAX_COORDINATOR"):
-        with processes.joined(True):
+        with together.joined(True):
             pass
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "here:1")
-    with processes.joined(False):
+    with together.joined(False):
         pass
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
     with pytest.raises(UsageError, match="JAX_NUM_PROCESSES=two: want a number"):
-        with processes.joined(None):
+        with together.joined(None):
             pass
+
+
+def test_threads_are_fixed_before_the_processes_meet(monkeypatch):
+    """JAX comes up when they do, and reads NPROC then."""
+    flags = ["main", "--config=experiments/digits.py", "--config.reproducible"]
+    values = cli.parse(flags, main.define, "")
+    monkeypatch.setenv("NPROC", "1")
+    met = []
+
+    @contextlib.contextmanager
+    def joined(wanted):
+        met.append((wanted, os.environ["NPROC"]))
+        yield
+
+    monkeypatch.setattr(together, "joined", joined)
+    monkeypatch.setattr(main, "_run", lambda *_: None)
+    main.main(values)
+    assert met == [(None, "8")]
 
 
 @pytest.mark.parametrize(
@@ -264,4 +283,4 @@ def test_slurm_is_found(monkeypatch, tasks, a_node, given):
         monkeypatch.setenv(f"SLURM_{name}", "0")
     monkeypatch.setenv("SLURM_NTASKS", tasks)
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", a_node)
-    assert processes._found(None) == given
+    assert together._found(None) == given
