@@ -132,9 +132,7 @@ def main(values: flags.FlagValues) -> None:
     style = pictures.read("style", values.style)
     pool = "" if values.pool == "trained" else values.pool
     features = features_lib.create(_model(values.model), pool, values.dtype)
-    taps = features_lib.choose(
-        features, _names(values.content_layers), _names(values.style_layers)
-    )
+    taps = features_lib.choose(features, values.content_layers, values.style_layers)
     features = features.only(*taps)
     weights = Weights(values.content_weight, values.style_weight, values.tv_weight)
     settings = transfer.Settings(
@@ -205,10 +203,6 @@ def _follow(
 def _shown(terms: dict[str, float]) -> str:
     parts = "  ".join(f"{name} {terms[name]:.4g}" for name in _TERMS)
     return f"loss {sum(terms.values()):.4g}  {parts}"
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _model(name: str) -> "Bundle":

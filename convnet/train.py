@@ -35,6 +35,7 @@ def run(config: ml_collections.ConfigDict, path: Path, command: str) -> dict[str
     it = prepare(config)
     workdir.check(config)
     data = measure.fingerprint(it.dataset) | it.plan.fingerprint()
+    data |= it.recipe.task.fingerprint()
     workdir.check_data(data)
     result = workdir.read_json("result.json")
     if result is not None:
