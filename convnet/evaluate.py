@@ -233,6 +233,12 @@ def main(values: flags.FlagValues) -> None:
     from convnet.workdir import Workdir
 
     bundle = bundle_lib.load(Path(values.model).expanduser())
+    if bundle.task["name"] == "style" != config.task.name:
+        raise UsageError(
+            f"--model={values.model} is a style network; want the experiment that"
+            " trained it, which knows its style, not one with task.name ="
+            f" {config.task.name!r}"
+        )
     bundle_lib.configure(config, bundle)
     if config.evaluate.tta == "auto":
         config.evaluate.tta = bundle.views

@@ -111,8 +111,8 @@ def create(
     """
     if bundle.task["name"] == "style":
         raise UsageError(
-            f"{origin}: it is a style network itself; want one that was trained to"
-            " recognise things"
+            f"{origin}: it is a style network, which paints by itself, without"
+            " another picture's style; want one that recognises things"
         )
     shape = tuple(bundle.preprocessing["input_shape"])
     if (
