@@ -21,7 +21,7 @@ def get_config():
     config.task.features = "cifar10"
     config.task.style_image = "docs/gallery/flower.jpg"
     config.task.style_size = 96
-    config.task.style_weight = 4.0
+    config.task.style_weight = 3.0
     config.optimizer.name = "adamw"
     config.optimizer.lr = 2e-3
     config.schedule.name = "one_cycle"
