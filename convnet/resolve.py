@@ -128,11 +128,6 @@ def _check_task(values: dict[str, Any]) -> None:
                 f"{name} is {values[name]!r}, but only task.name = {reader!r} reads it,"
                 f" and it is {task!r}"
             )
-    if (task == "style") != (values["model.name"] == "stylenet"):
-        raise UsageError(
-            f"task.name is {task!r} and model.name {values['model.name']!r}: a style"
-            " is learnt by a 'stylenet', and nothing else is"
-        )
 
 
 def _check_shards(values: dict[str, Any]) -> None:

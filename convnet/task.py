@@ -171,6 +171,11 @@ def create(config: ml_collections.ConfigDict, dataset: Dataset) -> Task:
       ConvnetError: the data's labels are of the wrong kind.
     """
     settings = config.task
+    if (settings.name == "style") != (config.model.name == "stylenet"):
+        raise UsageError(
+            f"task.name is {settings.name!r} and model.name {config.model.name!r}: a"
+            " style is learnt by a 'stylenet', and nothing else is"
+        )
     if settings.name == "style":
         from convnet.style import task as style  # it brings model files up
 

@@ -2,7 +2,10 @@
 
     python -m convnet.main --config=experiments/style_transfer.py \
         --config.data.dir=DIR
+    python -m convnet.stylize --model=runs/style_transfer --content=FOLDER \
+        --output=painted
 
+DIR is a folder with a folder of photographs for each class; the classes do not count.
 """
 
 from convnet import config as config_lib

@@ -83,7 +83,8 @@ class Features:
         except ValueError as error:
             raise UsageError(
                 f"a picture of {width}x{height} is too small for the network: {error};"
-                " take a larger --size, or fewer --levels"
+                " take a larger one (--size, fewer --levels; of an experiment"
+                " data.image_size, task.style_size)"
             ) from error
         order = sorted(maps, key=lambda name: network_order(name.split("/")))
         return {name: maps[name].shape for name in order}

@@ -114,7 +114,7 @@ def weighted(
     targets: Targets,
     weights: Weights,
 ) -> Terms:
-    """The terms of the loss of a picture (h, w, c), whose maps at the taps are given."""
+    """The terms of the loss of a picture (h, w, c), given its maps at the taps."""
     grams = {name: gram(maps[name]) for name in targets.style}
     return {
         "content": weights.content * content_loss(maps, targets),
