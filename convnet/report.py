@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from markupsafe import Markup
 
-from convnet import files, metrics, report_figures, report_regression
+from convnet import files, metrics, report_figures, report_regression, report_style
 from convnet.metrics import Evaluation
 from convnet.report_svg import duration, number, percent, size, sparkline
 
@@ -233,17 +233,9 @@ def regression(contents: Report) -> dict:
 
 def style(contents: Report) -> dict:
     """What the template needs to show a style network."""
-    tiles = []
-    for name, remark in (
-        ("content", "how far the pictures are from showing the same"),
-        ("style", "how far they are from being painted alike"),
-        ("tv", "how rough they are"),
-    ):
-        value = number(contents.result[f"test/{name}"])
-        tiles.append((f"Test loss: {name}", value, f"{remark}, as it is weighted"))
     nothing = ("outputs", "rows", "matrix", "pairs", "figures", "examples", "baselines")
     return {
-        "tiles": tiles + common_tiles(contents),
+        "tiles": report_style.tiles(contents.result) + common_tiles(contents),
         "invalid": int((~np.isfinite(contents.evaluation.losses)).sum()),
         **dict.fromkeys(nothing, ()),
     }
@@ -269,7 +261,7 @@ def mistake(example: Mistake, contents: Report) -> dict:
     alt = f"{example.id}: truth {label}, predicted {predicted}"
     image, drawing = example.image, None
     if contents.task == "style":
-        drawing = report_figures.before_and_after(image, example.predicted)
+        drawing = report_style.before_and_after(image, example.predicted)
         image = None
     elif example.series is not None:
         drawing = sparkline(example.series, alt)

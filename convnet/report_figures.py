@@ -45,15 +45,6 @@ def picture(image: np.ndarray, limit: int = 192) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def before_and_after(before: np.ndarray, after: np.ndarray) -> Markup:
-    """Two uint8 (h, w, c) images side by side."""
-    panels = "".join(
-        f'<div><img src="{picture(image)}" alt="{name}"><small>{name}</small></div>'
-        for name, image in (("before", before), ("after", after))
-    )
-    return Markup(f'<div class="maps">{panels}</div>')
-
-
 def recorded(history: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and values of a metric; nan where the run logged no number."""
     rows = [(row["step"], row[key]) for row in history if key in row]
