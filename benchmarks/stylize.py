@@ -108,7 +108,7 @@ class Ours:
         features = features_lib.create(bundle)
         content, style = (jnp.asarray(self.pictures[n]) for n in ("content", "style"))
         weights = Weights(*WEIGHTS, tv=0.0)
-        taps = features_lib.choose(features, *taps)
+        taps = features_lib.choose(features, *map(",".join, taps))
         self._evaluate = Objective(features, content, style, taps, weights, False)
         self._start = content
 

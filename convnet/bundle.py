@@ -251,6 +251,21 @@ def load(name: str | Path) -> Bundle:
     return bundle
 
 
+def load_answering(name: str | Path) -> Bundle:
+    """`load`, for apps that ask a network what it makes of an input.
+
+    Raises:
+      UsageError: also if it is a style network, which has no answers.
+    """
+    bundle = load(name)
+    if bundle.task["name"] == "style":
+        raise UsageError(
+            f"--model={name} is a style network, which paints pictures and has no"
+            " answers; python -m convnet.stylize runs it"
+        )
+    return bundle
+
+
 def is_sealed(path: Path) -> bool | None:
     """Whether a model file is, to the last bit, what was saved; None: it does not say.
 

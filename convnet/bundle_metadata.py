@@ -170,6 +170,7 @@ def _check_task(about: dict[str, Any]) -> None:
         "classification": positive is None and count == outputs > 1,
         "binary": positive is not None and 0 <= positive < count and outputs == 1,
         "regression": positive is None and count == 0,
+        "style": positive is None and count == 0,
     }
     if not good.get(task["name"], False):
         raise ValueError(

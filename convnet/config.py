@@ -171,14 +171,29 @@ KEYS: dict[str, Key] = {
     "model.aux": Key(bool, "Inception: keep the auxiliary head, as a tap"),
     "task.name": Key(
         "classification",
-        "one of k classes; binary: one probability; regression: numbers or maps",
-        choices=("classification", "binary", "regression"),
+        "one of k classes; binary: one probability; regression: numbers or maps; style:"
+        " a network that paints pictures in the style of another (docs/stylize.md)",
+        choices=("classification", "binary", "regression", "style"),
     ),
     "task.label_smoothing": Key(0.0, "share of the target spread evenly", high=0.99),
     "task.class_weights": Key(
         (), "weight of each class in the loss; binary with k > 2: (others, positive)"
     ),
     "task.positive": Key("", "binary: the class whose probability is learnt"),
+    "task.style_image": Key("", "style: the picture whose style is learnt"),
+    "task.style_size": Key(
+        0, "style: longer side of that picture in pixels; 0: that of the inputs"
+    ),
+    "task.features": Key(
+        "",
+        "style: the network in whose layers pictures are compared: a model file, a"
+        " workdir, the name of a model that ships, or hf://NAME",
+    ),
+    "task.content_layers": Key("", "style: its taps, with commas; '': chosen for it"),
+    "task.style_layers": Key("", "style: its taps, with commas; '': chosen for it"),
+    "task.content_weight": Key(1.0, "style: what the content counts in the loss"),
+    "task.style_weight": Key(10.0, "style: what the style counts"),
+    "task.tv_weight": Key(10.0, "style: what differences between neighbours count"),
     "transfer.new": Key(
         "",
         "with init_from: what starts anew, as paths with *, such as"

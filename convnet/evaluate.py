@@ -133,7 +133,7 @@ def evaluation(
     labels = predicted["label"]
     if isinstance(task, Binary):
         labels = (labels == task.positive).astype(np.int32)
-    kind = "predictions" if isinstance(task, Regression) else "probabilities"
+    kind = "probabilities" if "accuracy" in predicted else "predictions"
     return metrics_lib.Evaluation(
         ids=[str(index) for index in predicted["index"]],
         labels=labels,
@@ -162,17 +162,24 @@ def baselines(task: Task, source: Source) -> dict[str, float]:
 def mistakes(
     task: Task, predicted: dict[str, np.ndarray], source: Source, count: int = 24
 ) -> list[Mistake]:
-    """Returns the examples that the model is most wrong about, the worst first."""
+    """Returns the examples that the model is most wrong about, the worst first.
+
+    Of a style network, which is not wrong but good or bad, evenly chosen ones.
+    """
     wrong = predicted["accuracy"] < 1 if "accuracy" in predicted else None
     order = np.argsort(-predicted["loss"], kind="stable")
     if wrong is not None:
         order = order[wrong[order]]
+    if task.of_inputs:
+        order = np.linspace(0, len(order) - 1, min(count, len(order))).astype(int)
     found = []
     for row in order[:count]:
         record = source[int(predicted["index"][row])]
         label, answer = predicted["label"][row], predicted["prediction"][row]
         probability = None
-        if isinstance(task, Classification):
+        if task.of_inputs:
+            label = ""
+        elif isinstance(task, Classification):
             probability, answer = float(answer.max()), int(answer.argmax())
         elif isinstance(task, Binary):
             label, chance = int(label == task.positive), float(answer)
@@ -224,6 +231,12 @@ def main(values: flags.FlagValues) -> None:
     from convnet.workdir import Workdir
 
     bundle = bundle_lib.load(Path(values.model).expanduser())
+    if bundle.task["name"] == "style" != config.task.name:
+        raise UsageError(
+            f"--model={values.model} is a style network; want the experiment that"
+            " trained it, which knows its style, not one with task.name ="
+            f" {config.task.name!r}"
+        )
     bundle_lib.configure(config, bundle)
     if config.evaluate.tta == "auto":
         config.evaluate.tta = bundle.views

@@ -97,7 +97,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> int:
     from convnet.explaining.answers import Answers
     from convnet.explaining.network import Network
 
-    bundle = bundle_lib.load(values.model)
+    bundle = bundle_lib.load_answering(values.model)
     network = Network(bundle)
     answers = Answers(bundle, network.outputs)
     index = _index(values["class"].value, values.at, answers)

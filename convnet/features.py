@@ -73,7 +73,7 @@ def wanted(
       UsageError: "on", but it is not possible.
     """
     how = config.transfer.cache_features
-    if how == "off":
+    if how == "off" or recipe.task.of_inputs:
         return False
     count = views(config)
     why = ""

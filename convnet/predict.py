@@ -101,7 +101,7 @@ def main(values: flags.FlagValues, arguments: list[str]) -> int:
 
     from convnet import bundle as bundle_lib
 
-    bundle = bundle_lib.load(values.model)
+    bundle = bundle_lib.load_answering(values.model)
     labels = class_names(bundle.classes, bundle.task["positive"])
     searched = find_class(values.find, labels) if values.find is not None else None
     about = bundle.preprocessing

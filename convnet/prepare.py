@@ -80,16 +80,22 @@ class Run:
     ) -> Any:
         """Compiles a pure step for its arguments, on the clock of compilation."""
         start = time.perf_counter()
+        recipe = recipe or self.recipe
+
+        def run(*args: Any, held: Any) -> Any:
+            task = recipe.task.holding(held)
+            return function(*args, recipe=dataclasses.replace(recipe, task=task))
+
         jitted = jax.jit(
-            functools.partial(function, recipe=recipe or self.recipe),
+            run,
             compiler_options=mesh_lib.compiler_options(
                 jax.default_backend(), self.config.reproducible
             ),
             **options,
         )
-        compiled = jitted.lower(*args).compile()
+        compiled = jitted.lower(*args, held=recipe.task.held).compile()
         self.compile_seconds += time.perf_counter() - start
-        return compiled
+        return functools.partial(compiled, held=recipe.task.held)
 
     def predict(
         self, variables: Any, data: Any, batch: Any, views: str = "none"
@@ -136,6 +142,9 @@ def prepare(
                 f" of the {example.shape[-1]} channels"
             )
     task = task_lib.create(config, dataset)
+    task = task.holding(mesh_lib.put_whole(mesh, task.held))
+    if task.of_inputs:
+        dataset = dataclasses.replace(dataset, classes=())
     model = models.create(
         config.model.name,
         num_outputs=task.num_outputs,

@@ -32,7 +32,7 @@ def examples(it: Run, count: int) -> tuple[np.ndarray | None, list[str]]:
 def _caption(it: Run, target: np.ndarray) -> str:
     """Names the classes of a target, with their shares where they are mixed."""
     task, classes = it.recipe.task, it.dataset.classes
-    if isinstance(task, Regression):
+    if isinstance(task, Regression) or task.of_inputs:
         return f"{float(target):.3g}" if target.ndim == 0 else ""
     if isinstance(task, Binary):
         return f"{classes[task.positive]} {float(target):.0%}"

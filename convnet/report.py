@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from markupsafe import Markup
 
-from convnet import files, metrics, report_figures, report_regression
+from convnet import files, metrics, report_figures, report_regression, report_style
 from convnet.metrics import Evaluation
 from convnet.report_svg import duration, number, percent, size, sparkline
 
@@ -25,8 +25,9 @@ WORST = 20  # classes shown unfolded
 class Mistake:
     """One example that the model got most wrong.
 
-    label, predicted: a class (its index or name), or in regression a number or array.
-    probability: of the predicted class (None in regression). image: uint8 (h, w, c),
+    label, predicted: a class (its index or name), or in regression a number or array;
+    of a style network "" and the picture uint8 (h, w, 3) that it made. probability: of
+    the predicted class (None where there are none). image: uint8 (h, w, c),
     or series: float (t, c), or neither.
     """
 
@@ -42,7 +43,7 @@ class Mistake:
 class Report:
     """Everything that the page shows.
 
-    classes: k names; in binary (negative, positive); empty in regression.
+    classes: k names; in binary (negative, positive); else empty.
     config: nested and resolved. changed: dotted key -> value where it differs from the
     default. environment: versions, devices, threads. command: reproduces the run.
     result: as in result.json. history: the rows of metrics.jsonl, "step" and any of
@@ -53,7 +54,7 @@ class Report:
     """
 
     title: str
-    task: Literal["classification", "binary", "regression"]
+    task: Literal["classification", "binary", "regression", "style"]
     classes: tuple[str, ...]
     config: dict
     changed: dict[str, Any]
@@ -98,7 +99,7 @@ def render(contents: Report) -> str:
         script=Markup(script),
         script_hash=base64.b64encode(digest).decode(),
         curves=report_figures.curves(contents.history),
-        **(regression if contents.task == "regression" else classes)(contents),
+        **_KINDS.get(contents.task, classes)(contents),
         mistakes=[mistake(m, contents) for m in contents.mistakes],
         gallery=gallery(contents),
         listed=LISTED,
@@ -230,12 +231,27 @@ def regression(contents: Report) -> dict:
     }
 
 
+def style(contents: Report) -> dict:
+    """What the template needs to show a style network."""
+    nothing = ("outputs", "rows", "matrix", "pairs", "figures", "examples", "baselines")
+    return {
+        "tiles": report_style.tiles(contents.result) + common_tiles(contents),
+        "invalid": int((~np.isfinite(contents.evaluation.losses)).sum()),
+        **dict.fromkeys(nothing, ()),
+    }
+
+
+_KINDS = {"regression": regression, "style": style}
+
+
 def mistake(example: Mistake, contents: Report) -> dict:
     """One card of the gallery of mistakes."""
 
     def named(value: Any) -> str:
         if isinstance(value, str):
             return value
+        if contents.task == "style":
+            return ""
         if contents.task != "regression":
             return contents.classes[int(value)] if contents.classes else str(int(value))
         values = np.asarray(value, np.float64).ravel()
@@ -244,7 +260,10 @@ def mistake(example: Mistake, contents: Report) -> dict:
     label, predicted = named(example.label), named(example.predicted)
     alt = f"{example.id}: truth {label}, predicted {predicted}"
     image, drawing = example.image, None
-    if example.series is not None:
+    if contents.task == "style":
+        drawing = report_style.before_and_after(image, example.predicted)
+        image = None
+    elif example.series is not None:
         drawing = sparkline(example.series, alt)
     elif image is None and np.ndim(example.label) >= 2:
         drawing = report_regression.compare(example.label, example.predicted, alt)[0]

@@ -11,6 +11,14 @@ from convnet import models
 from convnet.config import KEYS, Key, flatten
 from convnet.errors import UsageError
 
+_STYLE_KEYS = [
+    f"task.{name}"
+    for name in (
+        *("style_image", "style_size", "features", "content_layers", "style_layers"),
+        *("content_weight", "style_weight", "tv_weight"),
+    )
+]
+
 
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
     """Returns `; did you mean 'x'?`, or an empty string where nothing is near."""
@@ -93,26 +101,33 @@ def validate(config: ml_collections.ConfigDict) -> None:
             "schedule.name is 'step' and schedule.steps is (): name the shares of the"
             " run at which the rate drops, such as (0.5, 0.75)"
         )
-    if values["task.name"] == "regression":
+    _check_task(values)
+    # The model of init_from says which options there are.
+    if not values["init_from"]:
+        model_options(config)
+
+
+def _check_task(values: dict[str, Any]) -> None:
+    task = values["task.name"]
+    if task in ("regression", "style"):
         for name in ("task.label_smoothing", "task.class_weights"):
             if values[name]:
                 raise UsageError(
-                    f"{name} is {values[name]}, but task.name = 'regression' does not"
-                    " read it"
+                    f"{name} is {values[name]}, but task.name = {task!r} does not read"
+                    " it"
                 )
         if values["evaluate.tta_below"] < 1:
             raise UsageError(
                 f"evaluate.tta_below is {values['evaluate.tta_below']}, but task.name ="
-                " 'regression' has no probabilities to be unsure of"
+                f" {task!r} has no probabilities to be unsure of"
             )
-    if values["task.positive"] and values["task.name"] != "binary":
-        raise UsageError(
-            f"task.positive is {values['task.positive']!r}, but only task.name ="
-            f" 'binary' reads it, and it is {values['task.name']!r}"
-        )
-    # The model of init_from says which options there are.
-    if not values["init_from"]:
-        model_options(config)
+    own = {"task.positive": "binary", **dict.fromkeys(_STYLE_KEYS, "style")}
+    for name, reader in own.items():
+        if values[name] != KEYS[name].default and task != reader:
+            raise UsageError(
+                f"{name} is {values[name]!r}, but only task.name = {reader!r} reads it,"
+                f" and it is {task!r}"
+            )
 
 
 def _check_shards(values: dict[str, Any]) -> None:

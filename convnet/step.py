@@ -158,7 +158,8 @@ def augmented(
         "index": batch["index"],
         "epoch": batch["epoch"],
     }
-    return augment.apply(recipe.key(1, step), batch, recipe.augment)
+    batch = augment.apply(recipe.key(1, step), batch, recipe.augment)
+    return {**batch, "target": batch["input"]} if recipe.task.of_inputs else batch
 
 
 def network_batch(
@@ -270,6 +271,8 @@ def predict_step(
         inputs = normalize(to_unit(batch["input"]), recipe.mean, recipe.std)
         logits = tta.logits(apply, inputs, views)
     target = recipe.task.target(batch["label"])
+    if recipe.task.of_inputs:
+        target = to_unit(batch["input"])
     return {
         "index": batch["index"],
         "prediction": recipe.task.predict(logits),

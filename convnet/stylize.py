@@ -12,17 +12,26 @@ those of --style. Any model file of a network for RGB images will do; VGG-19, tr
 ImageNet, does it best. With --every=N, every Nth picture is kept in OUTPUT_frames, and
 all of them in OUTPUT_frames.gif.
 
-Exit status: 0 done; 1 failed; 2 usage; 130 or 143 interrupted, after the picture so far
-was written.
+       python -m convnet.stylize --model=M --content=PICTURE or FOLDER --output=FOLDER
+           [--size=256] [--preserve_colour] [--dtype=bfloat16]
+
+Johnson, Alahi and Fei-Fei 2016: M is a network that has learnt one style
+(experiments/style_transfer.py) and paints each picture in a single pass.
+
+Exit status: 0 done; 1 failed; 2 usage; 3 done, but some pictures of a folder could not
+be read; 130 or 143 interrupted, after the picture so far was written.
 """
 
+import sys
 import time
 from typing import TYPE_CHECKING
 
 from absl import flags
+from tqdm import tqdm
 
 from convnet import cli, mesh
 from convnet.errors import ConvnetError, UsageError
+from convnet.predict_output import shown
 from convnet.progress import Progress, Signals
 
 if TYPE_CHECKING:  # these bring JAX up
@@ -31,8 +40,13 @@ if TYPE_CHECKING:  # these bring JAX up
     from convnet.style.minimize import Step
     from convnet.style.transfer import Transfer
 
-VGG19 = "hf://timm/vgg19.tv_in1k"
+_HUB = "hf://"
+VGG19 = f"{_HUB}timm/vgg19.tv_in1k"
 
+# What a style network has no use for.
+_WEIGHED = ("steps", "levels", "optimizer", "start", "content_weight", "style_weight")
+_WEIGHED += ("tv_weight", "relative", "content_layers", "style_layers", "pool")
+_WEIGHED += ("colour_method", "every", "animation", "seed")
 # In the order in which they are shown.
 _TERMS = ("content", "style", "tv")
 
@@ -57,9 +71,17 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
         VGG19,
         "a model file, a workdir, the name of a model that ships, or hf://OWNER/NAME",
     )
-    text("content", None, "the picture that is kept in what it shows")
-    text("style", None, "the picture whose style is taken")
-    text("output", None, "the picture that is written: .png, .jpg or .webp")
+    text(
+        "content",
+        None,
+        "the picture that is kept in what it shows; of a style network also a folder",
+    )
+    text("style", None, "the picture whose style is taken; a style network has its own")
+    text(
+        "output",
+        None,
+        "the picture that is written: .png, .jpg or .webp; of a style network a folder",
+    )
     whole("size", 256, 32, "longer side of the output in pixels; above 1024 in tiles")
     whole(
         "steps",
@@ -109,18 +131,66 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     whole("seed", 0, 0, "of the noise that --start=noise begins with")
 
 
-def main(values: flags.FlagValues) -> None:
-    """Makes the picture, and says what it does.
+def main(values: flags.FlagValues) -> int:
+    """Makes the picture, and says what it does; returns the exit status, 0 or 3.
 
     Raises:
       UsageError: a flag is missing, or names what is not there.
       ConvnetError: a picture or the model cannot be read, or the output not written.
       Interrupted: by a signal, after the picture so far was written.
     """
-    for name in ("content", "style", "output"):
+    for name in ("content", "output"):
         if not values[name].value:
             raise UsageError(f"--{name} is missing (--help shows the usage)")
+    if not values.style and values.model.startswith(_HUB):
+        raise UsageError("--style is missing (--help shows the usage)")
     mesh.start("auto")
+    if not values.style:
+        return _paint(values)
+    _transfer(values)
+    return 0
+
+
+def _paint(values: flags.FlagValues) -> int:
+    """Sends pictures through a style network; returns the exit status, 0 or 3."""
+    from convnet.data.decode import DecodeError
+    from convnet.style import painting, pictures
+
+    planned = painting.plan(values.content, values.output)
+    bundle = _model(values.model)
+    if bundle.task["name"] != "style":
+        raise UsageError(
+            f"--style is missing: --model={values.model} is no network that has learnt"
+            " one"
+        )
+    for name in _WEIGHED:
+        if values[name].present:
+            raise UsageError(
+                f"--{name} is for transfers that optimise a picture; the network of"
+                f" --model={values.model} paints as it has learnt to"
+            )
+    painter = painting.Painter(
+        bundle, values.size, values.preserve_colour, values.dtype
+    )
+    failed, began = 0, time.monotonic()
+    for path, output, error in tqdm(planned, unit=" pictures", disable=None):
+        try:
+            if error:
+                raise DecodeError(path, error)
+            pixels = pictures.read("content", path)
+        except DecodeError as decode_error:
+            failed += 1
+            tqdm.write(f"cannot read {shown(path)}: {decode_error.reason}", sys.stderr)
+            continue
+        painting.write(output, painter(pixels))
+    done, seconds = len(planned) - failed, time.monotonic() - began
+    print(f"painted {done:,} of {len(planned):,} pictures in {seconds:.1f} s")
+    print(f"wrote {values.output}")
+    return 3 if failed else 0
+
+
+def _transfer(values: flags.FlagValues) -> None:
+    """Optimises one picture."""
     # After `start`, because these bring JAX up.
     from convnet.style import features as features_lib
     from convnet.style import pictures, transfer
@@ -132,9 +202,7 @@ def main(values: flags.FlagValues) -> None:
     style = pictures.read("style", values.style)
     pool = "" if values.pool == "trained" else values.pool
     features = features_lib.create(_model(values.model), pool, values.dtype)
-    taps = features_lib.choose(
-        features, _names(values.content_layers), _names(values.style_layers)
-    )
+    taps = features_lib.choose(features, values.content_layers, values.style_layers)
     features = features.only(*taps)
     weights = Weights(values.content_weight, values.style_weight, values.tv_weight)
     settings = transfer.Settings(
@@ -207,12 +275,8 @@ def _shown(terms: dict[str, float]) -> str:
     return f"loss {sum(terms.values()):.4g}  {parts}"
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
 def _model(name: str) -> "Bundle":
-    if not name.startswith("hf://"):
+    if not name.startswith(_HUB):
         from convnet import bundle
 
         return bundle.load(name)

@@ -5,6 +5,7 @@ into per-example losses, metrics and predictions, all pure functions of arrays.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,49 @@ from convnet.data.source import Dataset
 from convnet.errors import ConvnetError, UsageError
 
 
+class Task:
+    """What tasks have in common; each has `name`, `num_outputs` and the methods below.
+
+    Attributes:
+      of_inputs: the inputs themselves are the targets, as training sees them (in units
+        of `step.to_unit`, before normalisation); labels are ignored.
+      held: arrays that do not train, such as another network's weights. They are too
+        large to be constants of what is compiled: it is given them.
+    """
+
+    name: str
+    num_outputs: int
+    of_inputs = False
+    held: Any = ()
+
+    def holding(self, held: Any) -> "Task":
+        """Returns the task with these arrays, laid out like `held`, in their place."""
+        del held
+        return self
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns what tells `held` from others, when a run is resumed."""
+        return {}
+
+    def target(self, labels: jax.Array) -> jax.Array:
+        """Labels (b, ...) as they are stored -> float32 (b, ...)."""
+        raise NotImplementedError
+
+    def loss(self, logits: jax.Array, target: jax.Array) -> jax.Array:
+        """What is minimised, (b,)."""
+        raise NotImplementedError
+
+    def metrics(self, logits: jax.Array, target: jax.Array) -> dict[str, jax.Array]:
+        """What is reported, each (b,); one of them is "loss"."""
+        raise NotImplementedError
+
+    def predict(self, logits: jax.Array) -> jax.Array:
+        """What the logits mean, (b, ...)."""
+        raise NotImplementedError
+
+
 @dataclasses.dataclass(frozen=True)
-class Classification:
+class Classification(Task):
     """One of k classes: softmax cross-entropy. Labels are int (b,)."""
 
     num_outputs: int
@@ -49,7 +91,7 @@ class Classification:
 
 
 @dataclasses.dataclass(frozen=True)
-class Binary:
+class Binary(Task):
     """One probability: that of class number `positive`. Labels are int (b,)."""
 
     positive: int
@@ -83,7 +125,7 @@ class Binary:
 
 
 @dataclasses.dataclass(frozen=True)
-class Regression:
+class Regression(Task):
     """Numbers, series or maps: squared error. Labels are float32 (b, *label_shape)."""
 
     label_shape: tuple[int, ...]
@@ -121,9 +163,6 @@ class Regression:
         return logits.reshape(wanted).astype(jnp.float32)
 
 
-Task = Classification | Binary | Regression
-
-
 def create(config: ml_collections.ConfigDict, dataset: Dataset) -> Task:
     """Returns the task that config.task names, for the classes or labels of the data.
 
@@ -132,6 +171,15 @@ def create(config: ml_collections.ConfigDict, dataset: Dataset) -> Task:
       ConvnetError: the data's labels are of the wrong kind.
     """
     settings = config.task
+    if (settings.name == "style") != (config.model.name == "stylenet"):
+        raise UsageError(
+            f"task.name is {settings.name!r} and model.name {config.model.name!r}: a"
+            " style is learnt by a 'stylenet', and nothing else is"
+        )
+    if settings.name == "style":
+        from convnet.style import task as style  # it brings model files up
+
+        return style.create(config, pipeline.first(dataset.train)["input"])
     wants_classes = settings.name != "regression"
     if wants_classes != bool(dataset.classes):
         kind = "classes" if dataset.classes else "numbers"

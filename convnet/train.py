@@ -36,6 +36,7 @@ def run(config: ml_collections.ConfigDict, path: Path, command: str) -> dict[str
     it = prepare(config)
     workdir.check(config)
     data = measure.fingerprint(it.dataset) | it.plan.fingerprint()
+    data |= it.recipe.task.fingerprint()
     workdir.check_data(data)
     processes.check_same(
         {"config": config_lib.sha256(config), "data": json.dumps(data)}

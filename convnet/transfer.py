@@ -101,7 +101,7 @@ def adopt(config: ml_collections.ConfigDict) -> Bundle | None:
                     " empty: name the model to start from"
                 )
         return None
-    bundle = _load(config.init_from)
+    bundle = load("init_from", config.init_from)
     said = config_lib.default()
     bundle_lib.configure(said, bundle)
     start, found = (config_lib.flatten(c) for c in (config_lib.default(), config))
@@ -120,7 +120,13 @@ def adopt(config: ml_collections.ConfigDict) -> Bundle | None:
     return bundle
 
 
-def _load(name: str) -> Bundle:
+def load(key: str, name: str) -> Bundle:
+    """Reads the model that a key of the config names.
+
+    Raises:
+      UsageError: there is no such model; names the key.
+      ConvnetError: it cannot be used.
+    """
     if name.startswith("hf://"):
         from convnet.weights import importing
 
@@ -129,7 +135,7 @@ def _load(name: str) -> Bundle:
         return bundle_lib.load(name)
     except UsageError as error:
         text = str(error).removeprefix("--model=")
-        raise UsageError(f"init_from={text}") from error
+        raise UsageError(f"{key}={text}") from error
 
 
 def plan(

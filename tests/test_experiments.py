@@ -41,6 +41,7 @@ DATA = {
     "digits": (None, tuple("0123456789")),
     "folder": ("flowers", ("daisy", "rose", "tulip")),
     "imagenet_resnet50": ("tfds", tuple(f"class{i}" for i in range(5))),
+    "style_transfer": ("cats_and_dogs", ()),
     "timeseries": (None, ("cylinder", "bell", "funnel")),
     "transfer_cat_vs_noncat": ("cat_vs_noncat", ("cat", "non-cat")),
     "transfer_cats_vs_dogs": ("cats_and_dogs", ("cats", "dogs")),
@@ -212,14 +213,16 @@ def test_experiment_trains(path, data, shallow, tmp_path):
         config.data.dir = str(data / folder)
     if config.init_from:
         config.init_from = str(data / "model.safetensors")
+    if config.task.features:
+        config.task.features = str(data / "model.safetensors")
     result = train.run(config, tmp_path / "run", "command")
 
     assert result["step"] == STEPS
     assert result["epochs"] == pytest.approx(STEPS * BATCH / TRAIN)
     assert result["test/examples"] == TEST
     assert math.isfinite(result["test/loss"])
-    regression = config.task.name == "regression"
-    assert ("test/accuracy" in result) == (not regression)
+    named = config.task.name in ("classification", "binary")
+    assert ("test/accuracy" in result) == named
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line).get("train/loss") for line in lines]
     assert len(losses) == STEPS + 1 and all(map(math.isfinite, losses[:STEPS]))
@@ -233,8 +236,9 @@ def test_experiment_trains(path, data, shallow, tmp_path):
     with safetensors.safe_open(tmp_path / "run/model.safetensors", "numpy") as file:
         about = json.loads(file.metadata()["convnet"])
     assert about["classes"] == list(classes)
-    one = config.task.name in ("regression", "binary")
-    assert about["architecture"]["num_outputs"] == (1 if one else len(classes))
+    outputs = {"regression": 1, "binary": 1, "style": 3}
+    wanted = outputs.get(config.task.name, len(classes))
+    assert about["architecture"]["num_outputs"] == wanted
     page = (tmp_path / "run/report.html").read_text()
     # Of many classes it shows the worst.
     assert sum(name in page for name in classes) >= min(len(classes), 10)

@@ -2,16 +2,14 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from numpy_layers import draw_variables
-from scipy.stats import spearmanr
 
+from benchmarks.explain import alike, hits, quarters, randomized, torch_maps
 from convnet import bundle as bundle_lib
 from convnet import models
 from convnet.explaining import attribution, layers
@@ -65,27 +63,9 @@ def directions(network, rows, index):
     return np.tile(np.eye(network.outputs[0], dtype=np.float32)[index], (rows, 1))
 
 
-def test_methods_are_those_of_an_independent_implementation(
-    small, tmp_path, torch_python
-):
+def test_methods_are_those_of_an_independent_implementation(small, torch_python):
     network, x, index = small
-    params = network.bundle.variables["params"]
-    arrays = {"inputs": x, "baseline": np.zeros_like(x), "index": index}
-    for i in (1, 2):
-        conv = params["base"][f"block{i}"]["conv1"]
-        arrays[f"kernel{i}"] = np.transpose(conv["kernel"], (3, 2, 0, 1))
-        arrays[f"bias{i}"] = conv["bias"]
-    head = params["head"]["logits"]
-    arrays |= {"dense": head["kernel"], "bias3": head["bias"]}
-    double = {
-        name: array if name == "index" else np.asarray(array, np.float64)
-        for name, array in arrays.items()
-    }
-    np.savez(tmp_path / "in.npz", **double)
-    script = Path(__file__).with_name("explain_torch.py")
-    command = [torch_python, script, tmp_path / "in.npz", tmp_path / "out.npz"]
-    subprocess.run(command, check=True, timeout=120)
-    peer = np.load(tmp_path / "out.npz")
+    peer = torch_maps(torch_python, network, x, index)
 
     wanted = directions(network, len(x), index)
     maps, gradients = network.at_tap(x, wanted, "base/block2/relu1")
@@ -217,18 +197,6 @@ def shipped(shared_data):
     return network, images
 
 
-def randomized(variables):
-    """Kernels drawn anew with the deviation that they had (Adebayo et al. 2018)."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        if path[-1].key != "kernel":
-            return leaf
-        return (leaf.std() * rng.standard_normal(leaf.shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, variables)
-
-
 def test_random_weights_change_the_maps(shipped):
     network, images = shipped
     x = network.normalize(images[:8])
@@ -243,37 +211,7 @@ def test_random_weights_change_the_maps(shipped):
             Study(net, answers, x[:count], layer).run(method, targets[:count]).heat
             for net in (network, other)
         )
-        ranks = [
-            spearmanr(a.ravel(), b.ravel()).statistic
-            for a, b in zip(ours, theirs, strict=True)
-            if a.std() > 0 and b.std() > 0
-        ]
-        assert len(ranks) >= 2 and np.mean(ranks) < 0.5, method
-
-
-def quarters(network, images, side=32):
-    """Pictures shrunk into a quarter of a canvas of the data's mean colour."""
-    half = side // 2
-    mean = np.rint(255 * np.array(network.bundle.preprocessing["mean"]))
-    canvas = np.tile(mean.astype(np.uint8), (len(images), side, side, 1))
-    boxes = []
-    for place, image in enumerate(images):
-        top, left = half * (place // 2 % 2), half * (place % 2)
-        small = image.reshape(half, 2, half, 2, 3).mean((1, 3))
-        canvas[place, top : top + half, left : left + half] = small
-        boxes.append((slice(top, top + half), slice(left, left + half)))
-    return canvas, boxes
-
-
-def hits(heat, boxes):
-    """The pointing game (Zhang et al. 2016): is the largest value in the box?"""
-    found = [np.unravel_index(one.argmax(), one.shape) for one in heat]
-    return np.mean(
-        [
-            all(part.start <= i < part.stop for i, part in zip(place, box, strict=True))
-            for place, box in zip(found, boxes, strict=True)
-        ]
-    )
+        assert alike(ours, theirs) < 0.5, method
 
 
 def test_maps_point_at_the_object(shipped):

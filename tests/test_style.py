@@ -167,6 +167,28 @@ def test_minimisers_find_the_minimum_on_the_box(name, steps):
         assert all(np.diff(losses) <= 0)
 
 
+def test_waves_of_every_length_are_minimised_alike():
+    """A loss as steep along fine waves as those of networks are."""
+    size, rng = 32, np.random.default_rng(0)
+    frequencies = [2 * np.pi * np.fft.fftfreq(size)] * 2
+    steep = 4 - 2 * np.cos(frequencies[0])[:, None] - 2 * np.cos(frequencies[1])
+    coarse = np.fft.fft2(rng.standard_normal((size, size, 1)), axes=(0, 1))
+    coarse = np.fft.ifft2(coarse / (0.1 + steep[..., None]), axes=(0, 1)).real
+    target = jnp.asarray(0.5 + 0.4 * coarse / np.abs(coarse).max(), jnp.float32)
+
+    def evaluate(x):
+        error = x - target
+        around = sum(jnp.roll(error, s, a) for s in (1, -1) for a in (0, 1))
+        gradient = 0.02 * error + 4 * error - around
+        loss = 0.5 * jnp.vdot(error, gradient)
+        terms = {"content": loss, "style": 0.0 * loss, "tv": 0.0 * loss}
+        return objective.Evaluation(loss, terms, gradient)
+
+    start = jnp.full_like(target, 0.5)
+    *_, last = minimize.lbfgs(evaluate, start, 12)
+    assert last.terms["content"] < 0.005 * float(evaluate(start).loss)
+
+
 def test_a_transfer_is_repeated_bit_for_bit(base):
     content, style = (pictures.to_uint8(smooth((64, 64), seed)) for seed in range(2))
 

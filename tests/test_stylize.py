@@ -33,7 +33,7 @@ def test_taps_for_a_vgg_are_those_of_the_paper():
     assert content == ("base/block4/relu2",)
     assert style == STYLE
     assert [base.strides()[name] for name in style] == [1, 2, 4, 8, 16]
-    assert features.choose(base, ["base/block1/conv1"])[0] == ("base/block1/conv1",)
+    assert features.choose(base, "base/block1/conv1")[0] == ("base/block1/conv1",)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_taps_for_other_networks(name, options, content, style):
 
 def test_wrong_layers_models_and_sizes_are_refused(base, bundle):
     with pytest.raises(UsageError, match=r"--style_layers.*nearest.*base/block2/relu1"):
-        features.choose(base, (), ["base/block2/relu7"])
+        features.choose(base, "", "base/block2/relu7")
     with pytest.raises(UsageError, match="RGB"):
         features.create(make_bundle("cnn", channels=1))
     with pytest.raises(UsageError, match="too small"):

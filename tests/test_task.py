@@ -187,6 +187,19 @@ def test_labels_of_the_wrong_kind(name, classes, kind):
     assert "'digits'" in message
 
 
+def test_a_style_wants_its_network_and_its_pictures():
+    with pytest.raises(UsageError, match="task.name is 'style' and model.name 'cnn'"):
+        create(dataset(), name="style")
+    config = config_lib.default()
+    config.task.name, config.model.name = "style", "stylenet"
+    for name, value in (("style_image", "a.png"), ("features", "cifar10")):
+        with pytest.raises(UsageError, match=f"task.{name} is ''"):
+            task_lib.create(config, dataset())
+        config.task[name] = value
+    with pytest.raises(ConvnetError, match=r"uint8 \[2, 2, 1\]: want RGB pictures"):
+        task_lib.create(config, dataset())
+
+
 def test_one_class_is_not_enough():
     with pytest.raises(ConvnetError, match="one class .*'cat'"):
         create(dataset(("cat",)))

@@ -25,6 +25,7 @@ from convnet.models.mobilenet import mobilenet_v2
 from convnet.models.resnet import resnet, resnet9
 from convnet.models.speednet import speednet
 from convnet.models.squeezenet import squeezenet
+from convnet.models.stylenet import stylenet
 from convnet.models.vgg import vgg, vgg_bn
 
 _CONSTRUCTORS: dict[str, Callable[..., Classifier]] = {
@@ -47,6 +48,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Classifier]] = {
     "inception_v3": inception_v3,
     "convnext_tiny": convnext_tiny,
     "speednet": speednet,
+    "stylenet": stylenet,
 }
 NAMES = tuple(_CONSTRUCTORS)
 

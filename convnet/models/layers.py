@@ -23,6 +23,10 @@ Dtype = Any
 he_init = nn.initializers.variance_scaling(2.0, "fan_in", "truncated_normal")
 
 
+# Paddings that are not zeros, and what NumPy calls them.
+_AROUND = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+
+
 def convolve(
     x: Array,
     kernel: Array,
@@ -35,16 +39,16 @@ def convolve(
     Of `groups` of channels each has its own features: the kernel is `(*k, c / groups,
     features)`. With as many groups as channels the convolution is depthwise.
 
-    `padding` is "SAME", "VALID", "CIRCULAR" (the axes are periodic; an even kernel
-    looks one further ahead than back, as in SAME), or the number of zeros at either end
-    of each axis. The last is how PyTorch pads: at stride 2 it differs from SAME, which
-    puts the odd zero at the end.
+    `padding` is "SAME", "VALID", "CIRCULAR" (the axes are periodic), "REFLECT" (they
+    are mirrored at their ends; both: an even kernel looks one further ahead than back,
+    as in SAME), or the number of zeros at either end of each axis. The last is how
+    PyTorch pads: at stride 2 it differs from SAME, which puts the odd zero at the end.
     """
     rank = x.ndim - 2
     size, stride = kernel.shape[:-2], _per_axis(stride, rank)
-    if padding == "CIRCULAR":
+    if padding in _AROUND:
         around = [((k - 1) // 2, k // 2) for k in size]
-        x = jnp.pad(x, [(0, 0), *around, (0, 0)], mode="wrap")
+        x = jnp.pad(x, [(0, 0), *around, (0, 0)], mode=_AROUND[padding])
         padding = "VALID"
     if isinstance(padding, int):
         pads = [(padding, padding)] * rank
@@ -169,6 +173,35 @@ class BatchNorm(nn.Module):
         return scale, self.get_variable("params", "bias") - mean * scale
 
 
+class InstanceNorm(nn.Module):
+    """Normalisation of each channel of each example over its places, then `activation`.
+
+    Ulyanov, Vedaldi and Lempitsky 2016, arXiv:1607.08022. It is the same in training
+    and after. Computed in float32, returned in `dtype`; params `scale` and `bias` (c,).
+    """
+
+    epsilon: float = 1e-5
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool, activation: str = "none") -> Array:
+        del train
+        c = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, c, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, c, jnp.float32)
+        if lowering.on_cpu():
+
+            def alone(x: Array) -> Array:
+                return fused.batch_norm(x, scale, bias, self.epsilon, activation)[0]
+
+            return jax.vmap(alone)(x).astype(self.dtype)
+        wide, axes = x.astype(jnp.float32), tuple(range(1, x.ndim - 1))
+        mean = jnp.mean(wide, axes, keepdims=True)
+        variance = jnp.mean(jnp.square(wide - mean), axes, keepdims=True)
+        y = (wide - mean) * (scale * lax.rsqrt(variance + self.epsilon)) + bias
+        return fused.activate(y, activation).astype(self.dtype)
+
+
 def convolve_and_normalize(
     parent: nn.Module,
     conv: Conv,
@@ -197,7 +230,7 @@ def convolve_and_normalize(
 
 def normalize_and_activate(
     parent: nn.Module,
-    norm: BatchNorm,
+    norm: BatchNorm | InstanceNorm,
     x: Array,
     train: bool,
     activation: str,

@@ -44,7 +44,12 @@ class Features:
     names: tuple[str, ...] = ()
 
     def __call__(self, variables: Any, picture: jax.Array) -> dict[str, jax.Array]:
-        """Returns the maps of `names`, float32; pure.
+        """Returns the maps of a picture; `of_batch` without the batch."""
+        maps = self.of_batch(variables, picture[None])
+        return {name: array[0] for name, array in maps.items()}
+
+    def of_batch(self, variables: Any, pictures: jax.Array) -> dict[str, jax.Array]:
+        """Returns the maps (b, h', w', c) of `names`, float32; pure.
 
         The variables are an argument, so that they are not constants of what is
         compiled. What lies behind the deepest tap is not computed: under `jit` XLA
@@ -52,14 +57,14 @@ class Features:
 
         Args:
           variables: those of the base.
-          picture: (h, w, 3), or (h, w, 1) for a grey one; floats, 0 to 1.
+          pictures: (b, h, w, 3), or (b, h, w, 1) for grey ones; floats, 0 to 1.
         """
-        rgb = jnp.broadcast_to(picture, (*picture.shape[:2], 3))
-        inputs = step_lib.normalize(rgb, self.mean, self.std)[None]
+        rgb = jnp.broadcast_to(pictures, (*pictures.shape[:3], 3))
+        inputs = step_lib.normalize(rgb, self.mean, self.std)
         _, state = self.base.apply(variables, inputs, train=False, mutable=["taps"])
         taps = models.taps({"base": state["taps"]})
         wanted = self.names or tuple(name for name in taps if taps[name].ndim == 4)
-        return {name: taps[name][0].astype(jnp.float32) for name in wanted}
+        return {name: taps[name].astype(jnp.float32) for name in wanted}
 
     def only(self, *names: Sequence[str]) -> "Features":
         """Returns the same with these taps, given in one or several groups."""
@@ -78,7 +83,8 @@ class Features:
         except ValueError as error:
             raise UsageError(
                 f"a picture of {width}x{height} is too small for the network: {error};"
-                " take a larger --size, or fewer --levels"
+                " take a larger one (--size, fewer --levels; of an experiment"
+                " data.image_size, task.style_size)"
             ) from error
         order = sorted(maps, key=lambda name: network_order(name.split("/")))
         return {name: maps[name].shape for name in order}
@@ -89,7 +95,9 @@ class Features:
         return {name: 2 ** _octave(shape) for name, shape in shapes.items()}
 
 
-def create(bundle: Bundle, pool: str = "", dtype: str = "float32") -> Features:
+def create(
+    bundle: Bundle, pool: str = "", dtype: str = "float32", origin: str = "--model"
+) -> Features:
     """Makes features of a model.
 
     Args:
@@ -97,10 +105,16 @@ def create(bundle: Bundle, pool: str = "", dtype: str = "float32") -> Features:
       pool: another kind of pool than the network was trained with, where it has the
         option: with "average" pictures get smoother (Gatys et al. 2016). "" keeps it.
       dtype: what the network computes in.
+      origin: the flag or key that named the model.
 
     Raises:
-      UsageError: the model takes no RGB images, or has no such option.
+      UsageError: the model takes no RGB images, has no such option, or paints itself.
     """
+    if bundle.task["name"] == "style":
+        raise UsageError(
+            f"{origin}: it is a style network, which paints by itself, without"
+            " another picture's style; want one that recognises things"
+        )
     shape = tuple(bundle.preprocessing["input_shape"])
     if (
         len(shape) != 3
@@ -108,7 +122,7 @@ def create(bundle: Bundle, pool: str = "", dtype: str = "float32") -> Features:
         or bundle.preprocessing["input_dtype"] != "uint8"
     ):
         raise UsageError(
-            f"--model: it takes {bundle.preprocessing['input_dtype']} inputs of shape"
+            f"{origin}: it takes {bundle.preprocessing['input_dtype']} inputs of shape"
             f" {list(shape)}; style transfer needs a network for RGB images"
         )
     about = bundle.architecture
@@ -131,8 +145,9 @@ def create(bundle: Bundle, pool: str = "", dtype: str = "float32") -> Features:
 
 def choose(
     features: Features,
-    content: Sequence[str] = (),
-    style: Sequence[str] = (),
+    content: str = "",
+    style: str = "",
+    prefix: str = "--",
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the taps for content and style: those named, or a choice of ours.
 
@@ -141,17 +156,26 @@ def choose(
     activation of the last resolution but one. For a VGG these are relu1_1 to relu5_1
     and relu4_2.
 
+    Args:
+      features: of the network.
+      content, style: names, with commas; "" for ours.
+      prefix: of content_layers and style_layers, the flags or keys that gave them.
+
     Raises:
       UsageError: an unknown tap, or one that is no map; names the nearest.
       ConvnetError: the network has no activations to choose from.
     """
     shapes = features.shapes(_REFERENCE, _REFERENCE)
-    for flag, names in (("content_layers", content), ("style_layers", style)):
+    given = []
+    for key, text in (("content_layers", content), ("style_layers", style)):
+        names = tuple(name.strip() for name in text.split(",") if name.strip())
         for name in names:
             if name not in shapes:
-                raise UsageError(f"--{flag}: no layer {name!r}; {_near(name, shapes)}")
-    if content and style:
-        return tuple(content), tuple(style)
+                near = _near(name, shapes)
+                raise UsageError(f"{prefix}{key}: no layer {name!r}; {near}")
+        given.append(names)
+    if all(given):
+        return tuple(given)
     octaves: dict[int, list[str]] = {}
     for name, shape in shapes.items():
         if _ACTIVATIONS.fullmatch(name.rsplit("/", 1)[-1]):
@@ -159,12 +183,12 @@ def choose(
     if not octaves:
         raise ConvnetError(
             "the network's layers have no names of activations: choose among"
-            f" {', '.join(shapes)} with --content_layers and --style_layers"
+            f" {', '.join(shapes)} with {prefix}content_layers and {prefix}style_layers"
         )
     levels = [octaves[octave] for octave in sorted(octaves)][:_MOST_STYLE_TAPS]
     middle = levels[-2] if len(levels) > 1 else levels[-1]
     ours = (middle[min(1, len(middle) - 1)],), tuple(level[0] for level in levels)
-    return tuple(content) or ours[0], tuple(style) or ours[1]
+    return given[0] or ours[0], given[1] or ours[1]
 
 
 def _octave(shape: Sequence[int]) -> int:

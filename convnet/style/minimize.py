@@ -23,6 +23,10 @@ _ARMIJO = 1e-4
 _MOST_TRIALS = 8
 # Mean change of a value, 0 to 1, that the first step along the bare gradient tries.
 _FIRST_CHANGE = 0.01
+# The power of the wavelength by which waves are weighted in `lbfgs`. From a photograph,
+# 128 pixels, VGG-19 with the default layers, the loss after 30 evaluations is 3.9 with
+# 0, 1.3 with 0.7.
+_WAVELENGTH = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,10 @@ def lbfgs(
 ) -> Iterator[Step]:
     """L-BFGS (Optax's) on the box of pictures, with a backtracking line search.
 
+    It works on the picture's waves, each divided by a power of its wavelength: the loss
+    is far steeper along fine ones than along coarse ones, of which photographs have
+    more. In pixels, with the same step for all, it is the coarse ones that come last.
+
     Values at a bound that the gradient pushes outwards are left out of the direction
     (Bertsekas 1982, "Projected Newton methods"). A trial is clipped to the box, and
     taken if it lowers the loss sufficiently; usually the first is. Where the direction
@@ -53,20 +61,22 @@ def lbfgs(
     Yields:
       A step after each evaluation.
     """
-    solver = optax.scale_by_lbfgs(memory)
+    solver, weigh = optax.scale_by_lbfgs(memory), _wave_weights(picture.shape)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def direction(state, gradient, picture):
         low, high = (picture <= 0) & (gradient > 0), (picture >= 1) & (gradient < 0)
         held = jnp.where(low | high, gradient, 0)
+        held, gradient, waves = weigh(held, 1), weigh(gradient, 1), weigh(picture, -1)
         # Both ends of the difference that Optax keeps are without what is held: the
         # pair is that of the whole gradients.
         state = state._replace(updates=state.updates - held)
-        along, state = solver.update(gradient - held, state, picture)
-        along = jnp.where(low | high, 0, along)
-        return along, state._replace(updates=jnp.copy(gradient))
+        along, state = solver.update(gradient - held, state, waves)
+        along = jnp.where(low | high, 0, weigh(along, 1))
+        return along, state._replace(updates=gradient)
 
-    state, fresh = jax.jit(solver.init)(picture), True
+    start = jax.jit(solver.init)
+    state, fresh = start(picture), True
     here, used = evaluate(picture), 1
     loss, terms = _numbers(here)
     yield Step(used, picture, terms)
@@ -93,12 +103,29 @@ def lbfgs(
             picture, here, loss, terms = trial, there, value, found
             yield Step(used, picture, terms)
             if not bends:  # such a pair would turn directions uphill
-                state = jax.jit(solver.init)(picture)
+                state = start(picture)
             fresh = not bends
         elif fresh:
             return
         else:
-            state, fresh = jax.jit(solver.init)(picture), True
+            state, fresh = start(picture), True
+
+
+def _wave_weights(shape: tuple[int, ...]) -> Callable[[jax.Array, int], jax.Array]:
+    """Returns a function of (h, w, c) that weighs its waves, or with -1 undoes it.
+
+    Squared, the weights are a power of the wavelength; they make a symmetric matrix.
+    """
+    height, width = shape[:2]
+    rows, columns = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
+    frequencies = np.maximum(np.hypot(rows, columns), 1 / max(height, width))
+    weights = np.float32(frequencies ** (-_WAVELENGTH / 2))[..., None]
+
+    def weigh(array: jax.Array, sign: int) -> jax.Array:
+        waves = jnp.fft.rfft2(array, axes=(0, 1)) * weights**sign
+        return jnp.fft.irfft2(waves, (height, width), axes=(0, 1))
+
+    return weigh
 
 
 @jax.jit

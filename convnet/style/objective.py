@@ -108,6 +108,21 @@ def scales(
     return {"content": scale(content), "style": scale(style)}
 
 
+def weighted(
+    maps: Mapping[str, jax.Array],
+    picture: jax.Array,
+    targets: Targets,
+    weights: Weights,
+) -> Terms:
+    """The terms of the loss of a picture (h, w, c), given its maps at the taps."""
+    grams = {name: gram(maps[name]) for name in targets.style}
+    return {
+        "content": weights.content * content_loss(maps, targets),
+        "style": weights.style * style_loss(grams, targets),
+        "tv": weights.tv * total_variation(picture),
+    }
+
+
 class Objective:
     """The loss of a picture and its gradient, compiled once.
 
@@ -146,12 +161,7 @@ class Objective:
         self, variables: Any, picture: jax.Array, targets: Targets
     ) -> tuple[jax.Array, Terms]:
         maps = self._features(variables, picture)
-        grams = {name: gram(maps[name]) for name in targets.style}
-        terms = {
-            "content": self._weights.content * content_loss(maps, targets),
-            "style": self._weights.style * style_loss(grams, targets),
-            "tv": self._weights.tv * total_variation(picture),
-        }
+        terms = weighted(maps, picture, targets, self._weights)
         return sum(terms.values()), terms
 
     def __call__(self, picture: jax.Array) -> Evaluation:

@@ -1,6 +1,6 @@
-"""The methods of convnet.explain in PyTorch, in float64, for tests to compare with.
+"""The methods of convnet.explain in PyTorch, in float64, to compare with.
 
-    python explain_torch.py IN.npz OUT.npz
+    python benchmarks/peers/explain.py IN.npz OUT.npz
 
 IN holds inputs (n, h, w, c) and baseline, the parameters of conv - ReLU - max-pool -
 conv - ReLU - max-pool - dense, and the class to explain. Written from the papers.
@@ -16,13 +16,17 @@ DATA = {name: torch.tensor(array) for name, array in np.load(sys.argv[1]).items(
 
 
 class GuidedReLU(torch.autograd.Function):
+    """Only what is positive, on the way there and on the way back."""
+
     @staticmethod
     def forward(ctx, x):
+        """ReLU."""
         ctx.save_for_backward(x)
         return x.clamp(min=0)
 
     @staticmethod
     def backward(ctx, gradient):
+        """The gradient, where it and the input are positive."""
         (x,) = ctx.saved_tensors
         return gradient.clamp(min=0) * (x > 0)
 
@@ -37,10 +41,12 @@ def network(x, relu=torch.relu):
 
 
 def nhwc(x):
+    """(n, c, h, w) -> a NumPy array (n, h, w, c)."""
     return x.permute(0, 2, 3, 1).detach().numpy()
 
 
 def at_input(x, relu=torch.relu):
+    """The gradient of the score at x (n, c, h, w)."""
     x = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(network(x, relu)[0].sum(), x)
     return gradient
