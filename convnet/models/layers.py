@@ -189,7 +189,7 @@ class InstanceNorm(nn.Module):
         c = x.shape[-1:]
         scale = self.param("scale", nn.initializers.ones, c, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, c, jnp.float32)
-        if lowering.on_cpu():
+        if lowering.on("cpu", "gpu"):
 
             def alone(x: Array) -> Array:
                 return fused.batch_norm(x, scale, bias, self.epsilon, activation)[0]
