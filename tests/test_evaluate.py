@@ -107,6 +107,7 @@ def predict_with(tables, seen):
         loss = prediction.reshape(len(index), -1).sum(1)
         return {
             "prediction": prediction,
+            "index": index,
             "label": index * 10,
             "weight": weight,
             "loss": loss,

@@ -434,6 +434,7 @@ def test_predict_step_agrees_with_numpy():
     logits = normalized(data["input"][rows]) @ head["kernel"] + head["bias"]
     log_p, labels = special.log_softmax(logits, axis=1), data["label"][rows]
     want = {
+        "index": rows,
         "prediction": np.exp(log_p),
         "label": labels,
         "weight": data["weight"][rows],
