@@ -108,7 +108,6 @@ def predict_with(tables, seen):
         return {
             "index": index,
             "prediction": prediction,
-            "index": index,
             "label": index * 10,
             "weight": weight,
             "loss": loss,
