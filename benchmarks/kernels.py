@@ -51,11 +51,11 @@ def main(values: flags.FlagValues) -> None:
     it = prepare.prepare(values.config)
     it.state = prepare.initial_state(it)
     batch, data = ours.batch(it, 0, values.steps), it.split("train").data
-    compiled = ours.compile_step(it, batch)
+    program = ours.compile_step(it, batch)
 
     def run() -> float:
         start = time.perf_counter()
-        it.state, metrics = compiled(it.state, data, batch)
+        it.state, metrics = program(it.state, data, batch)
         jax.block_until_ready(metrics)
         return time.perf_counter() - start
 
@@ -69,7 +69,7 @@ def main(values: flags.FlagValues) -> None:
         with jax.profiler.trace(folder):
             run()
         found = list(operations(folder))
-    kinds = kinds_of(compiled.as_text())
+    kinds = kinds_of(program.compiled.as_text())
     by_kind: collections.Counter[str] = collections.Counter()
     by_name: collections.Counter[str] = collections.Counter()
     for operation, kernel, microseconds in found:

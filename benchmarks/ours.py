@@ -154,7 +154,7 @@ class Side:
         self.train(1)
         if jax.default_backend() == "cpu":
             return memory.peak(lambda: self.train(1))
-        return self._compiled.memory_analysis().temp_size_in_bytes
+        return self._compiled.compiled.memory_analysis().temp_size_in_bytes
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class _Steps:
             self._split = self._it.split("train")
         self._batches = self._next()
         self._train = ours.compile_step(self._it, next(self._batches))
-        about = self._train.memory_analysis()
+        about = self._train.compiled.memory_analysis()
         self.temporary_bytes = about.temp_size_in_bytes
         self.seconds(2)
 

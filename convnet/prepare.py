@@ -26,6 +26,17 @@ from convnet.models import summary as summary_lib
 from convnet.step import Recipe, TrainState
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled step, called with its arguments alone: those of its task are held."""
+
+    compiled: jax.stages.Compiled
+    held: Any
+
+    def __call__(self, *args: Any) -> Any:
+        return self.compiled(*args, held=self.held)
+
+
 @dataclasses.dataclass
 class Run:
     """Everything that a run needs, made by `prepare`.
@@ -77,7 +88,7 @@ class Run:
 
     def compile(
         self, function: Any, *args: Any, recipe: Recipe | None = None, **options: Any
-    ) -> Any:
+    ) -> Program:
         """Compiles a pure step for its arguments, on the clock of compilation."""
         start = time.perf_counter()
         recipe = recipe or self.recipe
@@ -95,7 +106,7 @@ class Run:
         )
         compiled = jitted.lower(*args, held=recipe.task.held).compile()
         self.compile_seconds += time.perf_counter() - start
-        return functools.partial(compiled, held=recipe.task.held)
+        return Program(compiled, recipe.task.held)
 
     def predict(
         self, variables: Any, data: Any, batch: Any, views: str = "none"

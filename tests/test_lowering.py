@@ -62,6 +62,7 @@ def forms(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
     monkeypatch.setattr(lowering, "_PLACES", {np.dtype(d): 1 for d in DTYPES.values()})
+    monkeypatch.setattr(lowering, "has_tiles", lambda: False)
 
 
 def draw(case, dtype):
@@ -129,6 +130,19 @@ def with_gradients(function, case, x, kernel, gradient):
     ids=str,
 )
 def test_values_and_gradients(case, dtype, forms):
+    check(case, dtype)
+
+
+@pytest.mark.parametrize("case", IN_BFLOAT16[:2], ids=str)
+def test_with_matrix_units_kernels_gradients_are_products(case, forms, monkeypatch):
+    monkeypatch.setattr(lowering, "has_tiles", lambda: True)
+    monkeypatch.setattr(lowering, "_PRODUCTS", {np.dtype(DTYPES["bfloat16"]): 1})
+    # What else there is would fail.
+    monkeypatch.setattr(lowering, "_in_parts", None)
+    check(case, "bfloat16")
+
+
+def check(case, dtype):
     arrays = draw(case, DTYPES[dtype])
     found = with_gradients(lowering.convolve2d, case, *arrays)
     x, kernel, gradient = (array.astype(np.float64) for array in arrays)

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,13 @@ _FEW_CHANNELS = 4
 # Where the features are so many times the channels, float32 gains from one product for
 # each place of the kernel: 277 ms become 217 for 500 of 15x15, 64 to 256 channels.
 _MANY_FEATURES = 2
+# So does, from so many channels on, a processor with matrix units (Intel's AMX, from the
+# fourth generation of Xeons on): products are several times as fast there as a
+# convolution with the batch as channels. For 500 of 15x15, 64 to 256 channels, 273 ms
+# become 75 in bfloat16; with 24 channels 113 would become 208. In float32, for which
+# there are no such units, 218 ms become 122 for 500 of 7x7, 256 to 256 channels; with
+# 64 to 64 of 15x15 58 would become 73.
+_PRODUCTS = {jnp.dtype("float32"): 128, jnp.dtype("bfloat16"): 32}
 
 _PLAIN = contextvars.ContextVar("plain", default=False)
 
@@ -56,6 +64,15 @@ def is_plain() -> bool:
 def on(*backends: str) -> bool:
     """Whether the forms for one of these ("cpu", "gpu", "tpu") are wanted."""
     return jax.default_backend() in backends and not is_plain()
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether the processor has matrix units for bfloat16; only Linux tells."""
+    try:
+        return " amx_bf16 " in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def convolve2d(
@@ -156,6 +173,8 @@ def _backward(
     if channels <= _FEW_CHANNELS:
         by_kernel = _from_patches
     elif x.dtype == jnp.float32 and features > _MANY_FEATURES * channels:
+        by_kernel = _by_place
+    elif has_tiles() and channels >= _PRODUCTS[x.dtype]:
         by_kernel = _by_place
     by_input = _plain(gradient, turned, (1, 1), rest)
     return by_input, by_kernel(x, kernel, pads, gradient)
