@@ -4,6 +4,7 @@ The trainer knows nothing else of the problem: a task turns labels into targets,
 into per-example losses, metrics and predictions, all pure functions of arrays.
 """
 
+import abc
 import dataclasses
 from typing import Any
 
@@ -18,7 +19,7 @@ from convnet.data.source import Dataset
 from convnet.errors import ConvnetError, UsageError
 
 
-class Task:
+class Task(abc.ABC):
     """What tasks have in common; each has `name`, `num_outputs` and the methods below.
 
     Attributes:
@@ -42,21 +43,21 @@ class Task:
         """Returns what tells `held` from others, when a run is resumed."""
         return {}
 
+    @abc.abstractmethod
     def target(self, labels: jax.Array) -> jax.Array:
         """Labels (b, ...) as they are stored -> float32 (b, ...)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def loss(self, logits: jax.Array, target: jax.Array) -> jax.Array:
         """What is minimised, (b,)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def metrics(self, logits: jax.Array, target: jax.Array) -> dict[str, jax.Array]:
         """What is reported, each (b,); one of them is "loss"."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def predict(self, logits: jax.Array) -> jax.Array:
         """What the logits mean, (b, ...)."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)
