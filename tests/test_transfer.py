@@ -73,11 +73,11 @@ compile_each = prepare.Run.compile
 
 
 @functools.cache
-def load_once(path, changed_at):
-    return load_each(path)
+def load_once(key, path, changed_at):
+    return load_each(key, path)
 
 
-load_each = transfer._load
+load_each = transfer.load
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,11 +87,11 @@ def once():
         patch.setattr(prepare.Run, "compile", compile_once)
         patch.setattr(
             transfer,
-            "_load",
-            lambda name: (
-                load_once(name, Path(name).stat().st_mtime_ns)
+            "load",
+            lambda key, name: (
+                load_once(key, name, Path(name).stat().st_mtime_ns)
                 if Path(name).exists()
-                else load_each(name)
+                else load_each(key, name)
             ),
         )
         yield
@@ -469,7 +469,7 @@ def test_no_program_of_several_steps_reaches_over_the_thaw(folder, start, sizes)
     changes = {"checkpoint__every_steps": 0, "train__steps_per_dispatch": 4}
     it = prepare.prepare(config_of(folder, **THAW | changes))
     made = loop.Loop(it, start, None, None)
-    assert [steps for steps, _ in made._dispatches()] == sizes
+    assert [steps for steps, _ in made._dispatches(made._it.total_steps)] == sizes
 
 
 def test_a_thaw_after_the_end_is_none(folder):
