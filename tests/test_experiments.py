@@ -378,7 +378,6 @@ def test_the_quick_recipe_learns(tmp_path):
         "optimizer.bias_lr": 0.053 * 25,
         "train.epochs": 3.0,
         "train.steps": 0,
-        "train.steps_per_dispatch": 2,
     }
     result = learn(tmp_path, arrays, depth=None, **changes)
     assert result["step"] == 24
