@@ -158,7 +158,8 @@ def choose(
 
     Args:
       features: of the network.
-      content, style: names, with commas; "" for ours.
+      content: names, with commas; "" for ours.
+      style: likewise.
       prefix: of content_layers and style_layers, the flags or keys that gave them.
 
     Raises:
