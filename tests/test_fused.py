@@ -292,3 +292,19 @@ def test_gelu_is_numpys(dtype):
     far = jnp.asarray([-1e18, -100.0, 100.0, 1e18], DTYPES[dtype])
     slopes = jax.grad(lambda x: layers.gelu(x).astype(jnp.float32).sum())(far)
     np.testing.assert_array_equal(np.asarray(slopes, np.float32), [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_gradient_of_a_bias_is_a_float32_sum(dtype, rng):
+    y = rng.normal(size=(40, 9, 9, 3)).astype(dtype)
+    bias = rng.normal(size=3).astype(np.float32)
+    gradient = (1 + rng.random(size=y.shape)).astype(dtype)
+    out, vjp = jax.vjp(jax.jit(fused.add_bias), y, bias)
+    by_y, by_bias = vjp(gradient)
+    assert out.dtype == by_y.dtype == dtype and by_bias.dtype == np.float32
+    want = y.astype(np.float32) + bias.astype(dtype).astype(np.float32)
+    np.testing.assert_array_equal(out, want.astype(dtype))
+    np.testing.assert_array_equal(by_y, gradient)
+    # Of about 5,000; summed in bfloat16 it would be off by a hundredth.
+    want = gradient.astype(np.float64).sum((0, 1, 2))
+    np.testing.assert_allclose(by_bias, want, rtol=1e-5)

@@ -15,7 +15,7 @@ import pytest
 from jax.extend import core
 from scipy import signal
 
-from convnet import mesh, models
+from convnet import mesh, models, processor
 from convnet.models import lowering
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -62,7 +62,7 @@ def forms(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
     monkeypatch.setattr(lowering, "_PLACES", {np.dtype(d): 1 for d in DTYPES.values()})
-    monkeypatch.setattr(lowering, "has_tiles", lambda: False)
+    monkeypatch.setattr(processor, "has", lambda feature: False)
 
 
 def draw(case, dtype):
@@ -135,7 +135,7 @@ def test_values_and_gradients(case, dtype, forms):
 
 @pytest.mark.parametrize("case", IN_BFLOAT16[:2], ids=str)
 def test_with_matrix_units_kernels_gradients_are_products(case, forms, monkeypatch):
-    monkeypatch.setattr(lowering, "has_tiles", lambda: True)
+    monkeypatch.setattr(processor, "has", lambda feature: True)
     monkeypatch.setattr(lowering, "_PRODUCTS", {np.dtype(DTYPES["bfloat16"]): 1})
     # What else there is would fail.
     monkeypatch.setattr(lowering, "_in_parts", None)

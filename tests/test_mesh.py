@@ -1,4 +1,5 @@
 import os
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 
 from convnet import config as config_lib
-from convnet import mesh
+from convnet import mesh, processor
 from convnet.errors import UsageError
 
 FUSION = "xla_cpu_experimental_ynn_fusion_type"
@@ -26,7 +27,26 @@ def test_an_option_that_xla_refuses_is_left_out(monkeypatch):
     known = {"xla_cpu_enable_fast_math": False}
     monkeypatch.setattr(mesh, "_CPU_OPTIONS", known | {"xla_cpu_no_such_option": 1})
     monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(processor, "has", lambda feature: False)
     assert mesh.compiler_options.__wrapped__("cpu") == known
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_wide_vectors_where_the_processor_is_at_home_with_them(monkeypatch, wide):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(
+        processor, "has", lambda feature: wide and feature == "avx512_bf16"
+    )
+    options = mesh.compiler_options.__wrapped__("cpu")
+    assert options.get("xla_cpu_prefer_vector_width") == (512 if wide else None)
+
+
+def test_features_of_the_processor_are_those_that_numpy_finds():
+    found = np._core._multiarray_umath.__cpu_features__
+    for ours, theirs in (("sse4_2", "SSE42"), ("avx2", "AVX2"), ("avx512f", "AVX512F")):
+        if sys.platform == "linux":
+            assert processor.has(ours) == found.get(theirs, False)
+    assert not processor.has("")
 
 
 def test_a_stack_of_batches_is_split_along_the_batch():

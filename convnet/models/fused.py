@@ -8,6 +8,7 @@ plain forms, up to rounding.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,15 @@ def _slope(x: jax.Array, activation: str) -> jax.Array:
     return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * _ROOT * (1 + 3 * _CUBE * x * x)
 
 
+def _hold(values: Any) -> Any:
+    """On a CPU: the values, each computed once and kept, before what reads them.
+
+    A pass that reads what another reads would otherwise share with it a float32 copy,
+    and one that reads a fused result would compute that again.
+    """
+    return lax.optimization_barrier(values) if lowering.on("cpu") else values
+
+
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
     """Hendrycks and Gimpel 2016, arXiv:1606.08415, in the form with tanh."""
@@ -53,6 +63,7 @@ def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    x, gradient = _hold((x, gradient))
     slope = _slope(x.astype(jnp.float32), "gelu")
     by_x = (gradient.astype(jnp.float32) * slope).astype(x.dtype)
     # Else it is computed again within the sum for the bias before it, and slowly.
@@ -60,6 +71,24 @@ def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+@jax.custom_vjp
+def add_bias(y: jax.Array, bias: jax.Array) -> jax.Array:
+    """Adds float32 `bias` (c,) to `y` (..., c), in the dtype of `y`.
+
+    The gradient of the bias is summed in float32.
+    """
+    return y + bias.astype(y.dtype)
+
+
+def _bias_backward(_: None, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    gradient = _hold(gradient)
+    axes = tuple(range(gradient.ndim - 1))
+    return gradient, gradient.astype(jnp.float32).sum(axes)
+
+
+add_bias.defvjp(lambda y, bias: (add_bias(y, bias), None), _bias_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -84,13 +113,15 @@ def batch_norm(
 def _norm_forward(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, activation: str
 ) -> tuple:
-    axes = tuple(range(x.ndim - 1))
-    wide = x.astype(jnp.float32)
-    mean = jnp.mean(wide, axes)
+    axes, wide = tuple(range(x.ndim - 1)), jnp.float32
+    x = _hold(x)
+    mean = jnp.mean(x.astype(wide), axes)
+    x, mean = _hold((x, mean))
     # Not mean(x^2) - mean(x)^2, which loses all digits where the mean is large.
-    variance = jnp.mean(jnp.square(wide - mean), axes)
+    variance = jnp.mean(jnp.square(x.astype(wide) - mean), axes)
     root = lax.rsqrt(variance + epsilon)
-    y = activate((wide - mean) * (root * scale) + bias, activation)
+    x, mean, root = _hold((x, mean, root))
+    y = activate((x.astype(wide) - mean) * (root * scale) + bias, activation)
     return (y.astype(x.dtype), mean, variance), (x, mean, root, scale, bias)
 
 
@@ -99,18 +130,19 @@ def _norm_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     del epsilon
     x, mean, root, scale, bias = saved
-    axes = tuple(range(x.ndim - 1))
+    axes, wide = tuple(range(x.ndim - 1)), jnp.float32
     count = x.size // x.shape[-1]
-    normal = (x.astype(jnp.float32) - mean) * root
-    g = gradients[0].astype(jnp.float32)
+    x, g, mean, factor = _hold((x, gradients[0], mean, root * scale))
     if activation != "none":
-        g *= _slope(normal * scale + bias, activation)
-        if lowering.on("cpu"):
-            # Once, not in each of its three uses: a tanh costs more than a pass.
-            g = lax.optimization_barrier(g.astype(x.dtype)).astype(jnp.float32)
-    by_bias = g.sum(axes)
-    by_scale = (g * normal).sum(axes)
-    by_x = root * scale * (g - by_bias / count - normal * (by_scale / count))
+        slope = _slope((x.astype(wide) - mean) * factor + bias, activation)
+        g = (g.astype(wide) * slope).astype(g.dtype)
+    x, g, mean = _hold((x, g, mean))
+    by_bias = g.astype(wide).sum(axes)
+    x, g, mean, by_bias = _hold((x, g, mean, by_bias))
+    by_scale = (g.astype(wide) * (x.astype(wide) - mean)).sum(axes) * root
+    x, g, mean, by_bias, by_scale = _hold((x, g, mean, by_bias, by_scale))
+    off = (x.astype(wide) - mean) * (root * by_scale / count)
+    by_x = factor * (g.astype(wide) - by_bias / count - off)
     return by_x.astype(x.dtype), by_scale, by_bias
 
 
@@ -167,6 +199,7 @@ def _tile(shape: tuple[int, ...], window: int, place: tuple[int, ...]) -> tuple:
 
 def _pool_backward(window: int, saved: tuple, gradient: jax.Array) -> tuple[jax.Array]:
     which, shape = saved
+    gradient = _hold(gradient)
     spatial = shape[1:-1]
     rank = len(spatial)
     # Each tile's places in order: axes (1, window) for each spatial axis.

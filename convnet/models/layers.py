@@ -117,8 +117,15 @@ class Conv(nn.Module):
         if self.use_bias:
             zeros, shape = nn.initializers.zeros, (self.features,)
             bias = self.param("bias", zeros, shape, jnp.float32)
-            y = y + (scale * bias).astype(self.dtype)
+            y = add_bias(y, scale * bias)
         return y
+
+
+def add_bias(y: Array, bias: Array) -> Array:
+    """Adds float32 `bias` (c,) to `y` (..., c), in the dtype of `y`."""
+    if lowering.on("cpu"):
+        return fused.add_bias(y, bias)
+    return y + bias.astype(y.dtype)
 
 
 class BatchNorm(nn.Module):

@@ -8,11 +8,12 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from convnet import processor
 
 Pads = tuple[tuple[int, int], ...]
 
@@ -64,15 +65,6 @@ def is_plain() -> bool:
 def on(*backends: str) -> bool:
     """Whether the forms for one of these ("cpu", "gpu", "tpu") are wanted."""
     return jax.default_backend() in backends and not is_plain()
-
-
-@functools.cache
-def has_tiles() -> bool:
-    """Whether the processor has matrix units for bfloat16; only Linux tells."""
-    try:
-        return " amx_bf16 " in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
 
 
 def convolve2d(
@@ -174,7 +166,7 @@ def _backward(
         by_kernel = _from_patches
     elif x.dtype == jnp.float32 and features > _MANY_FEATURES * channels:
         by_kernel = _by_place
-    elif has_tiles() and channels >= _PRODUCTS[x.dtype]:
+    elif processor.has("amx_bf16") and channels >= _PRODUCTS[x.dtype]:
         by_kernel = _by_place
     by_input = _plain(gradient, turned, (1, 1), rest)
     return by_input, by_kernel(x, kernel, pads, gradient)

@@ -80,7 +80,7 @@ class Whiten(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (features,), jnp.float32)
         x = x.astype(self.dtype)
         y = layers.convolve(x, kernel.value.astype(self.dtype), padding="VALID")
-        return y + bias.astype(self.dtype)
+        return layers.add_bias(y, bias)
 
 
 def whitening_kernel(inputs: Array) -> Array:
