@@ -95,7 +95,7 @@ def _smaller(
     pads: Pads,
     missing: list[int],
 ) -> jax.Array:
-    """`_plain`, for maps that are smaller than the kernel.
+    """`convolve2d`, for maps that are smaller than the kernel.
 
     For those oneDNN has only its reference code, 50 times slower: they get zeros at
     their ends, and what the zeros add to the output is cut off.
@@ -108,7 +108,8 @@ def _smaller(
     # here and, transposed, in the gradient.
     hold = lax.optimization_barrier
     x = hold(jnp.pad(x, [(0, 0), *((0, m) for m in missing), (0, 0)]))
-    return hold(_plain(x, kernel, stride, pads))[:, : shape[0], : shape[1]]
+    y = hold(convolve2d(x, kernel, stride, pads))
+    return y[:, : shape[0], : shape[1]]
 
 
 def _plain(
