@@ -133,7 +133,7 @@ def test_values_and_gradients(case, dtype, forms):
     check(case, dtype)
 
 
-@pytest.mark.parametrize("case", IN_BFLOAT16[:2], ids=str)
+@pytest.mark.parametrize("case", [*IN_BFLOAT16[:2], CASES[4]], ids=str)
 def test_with_matrix_units_kernels_gradients_are_products(case, forms, monkeypatch):
     monkeypatch.setattr(processor, "has", lambda feature: True)
     monkeypatch.setattr(lowering, "_PRODUCTS", {np.dtype(DTYPES["bfloat16"]): 1})

@@ -37,8 +37,10 @@ _MANY_FEATURES = 2
 # a convolution with the batch as channels. For 500 of 15x15, 64 to 256 channels, 273 ms
 # become 75 in bfloat16; with 24 channels 113 would become 208. In float32, for which
 # there are no such units, 218 ms become 122 for 500 of 7x7, 256 to 256 channels; with
-# 64 to 64 of 15x15 58 would become 73.
+# 64 to 64 of 15x15 58 would become 73. On a map of _LARGE places half as many channels
+# do: 136 ms become 103 for 128 of 32x32, 64 to 64.
 _PRODUCTS = {jnp.dtype("float32"): 128, jnp.dtype("bfloat16"): 32}
+_LARGE = 512
 
 _PLAIN = contextvars.ContextVar("plain", default=False)
 
@@ -167,10 +169,18 @@ def _backward(
         by_kernel = _from_patches
     elif x.dtype == jnp.float32 and features > _MANY_FEATURES * channels:
         by_kernel = _by_place
-    elif processor.has("amx_bf16") and channels >= _PRODUCTS[x.dtype]:
+    elif _products_pay(x.dtype, channels, gradient.shape[1] * gradient.shape[2]):
         by_kernel = _by_place
     by_input = _plain(gradient, turned, (1, 1), rest)
     return by_input, by_kernel(x, kernel, pads, gradient)
+
+
+def _products_pay(dtype: jnp.dtype, channels: int, places: int) -> bool:
+    """Whether a product for each place of the kernel is the fast form; see above."""
+    least = _PRODUCTS[dtype]
+    if dtype == jnp.float32 and places >= _LARGE:
+        least //= 2
+    return processor.has("amx_bf16") and channels >= least
 
 
 def _in_parts(
@@ -207,17 +217,23 @@ def _from_patches(
 
 
 def _by_place(
-    x: jax.Array, kernel: jax.Array, pads: Pads, gradient: jax.Array
+    x: jax.Array,
+    kernel: jax.Array,
+    pads: Pads,
+    gradient: jax.Array,
+    stride: tuple[int, ...] = (1, 1),
 ) -> jax.Array:
     """The kernel's gradient, a product (c, places) by (places, f) for each place."""
-    kh, kw, c, features = kernel.shape
-    rows, columns = gradient.shape[1:3]
+    (kh, kw, c, features), (sh, sw) = kernel.shape, stride
+    down, right = (
+        (n - 1) * s + 1 for n, s in zip(gradient.shape[1:], stride, strict=False)
+    )
     x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
     flat = gradient.reshape(-1, features)
     products = []
     for i in range(kh):
         for j in range(kw):
-            moved = x[:, i : i + rows, j : j + columns].reshape(-1, c)
+            moved = x[:, i : i + down : sh, j : j + right : sw].reshape(-1, c)
             # Copied once; within the product it would be gathered again and again.
             products.append(jnp.dot(lax.optimization_barrier(moved).T, flat))
     return jnp.stack(products).reshape(kernel.shape)
@@ -250,8 +266,12 @@ def _strided_backward(
     saved: tuple[jax.Array, jax.Array],
     gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
+    x, kernel, gradient = lax.optimization_barrier((*saved, gradient))
     same = functools.partial(_unstrided, stride=stride, pads=pads)
-    return jax.vjp(same, *saved)[1](gradient)
+    by_input, by_kernel = jax.vjp(same, x, kernel)[1](gradient)
+    if _products_pay(x.dtype, x.shape[-1], gradient.shape[1] * gradient.shape[2]):
+        by_kernel = _by_place(x, kernel, pads, gradient, stride)
+    return by_input, by_kernel
 
 
 _strided.defvjp(_strided_forward, _strided_backward)
