@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 
 from benchmarks.peers import memory, protocol
-from convnet import cli, prepare, step
+from convnet import cli, finish, prepare, step
 from convnet import config as config_lib
 from convnet.data.order import EvalOrder
 from convnet.errors import UsageError
@@ -115,6 +115,7 @@ class Side:
         self._done = 0
         self._together = 1 if jax.default_backend() == "cpu" else STEPS_TOGETHER
         self._compiled: Any = None
+        self._predict: Any = None
 
     def train(self, steps: int) -> float:
         """Does `steps` train steps; returns seconds.
@@ -137,14 +138,16 @@ class Side:
         return batch(self._it, first, self._done)
 
     def infer(self, steps: int) -> float:
-        """Predicts `steps` batches; returns seconds."""
+        """Predicts `steps` batches as the run's model file does; returns seconds."""
         it, split = self._it, self._split
+        if self._predict is None:
+            made = finish.to_bundle(it, {}, "")
+            self._predict = made.predict_fn(it.config.model.dtype)
         order = EvalOrder(split.examples, it.config.data.batch_size)
-        variables = it.state.variables()
         start = time.perf_counter()
         outputs = [
-            it.predict(variables, split.data, batch)
-            for batch in split.batches(lambda s: order(s % len(order)), 0, steps)
+            self._predict(split.data["input"][order(step % len(order))["index"]])
+            for step in range(steps)
         ]
         jax.block_until_ready(outputs)
         return time.perf_counter() - start

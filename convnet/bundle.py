@@ -33,6 +33,7 @@ from convnet import (
 from convnet import config as config_lib
 from convnet import step as step_lib
 from convnet import task as task_lib
+from convnet.ahead import Ahead
 from convnet.bundle_metadata import Probe
 from convnet.data.resize import Resize
 from convnet.errors import ConvnetError, UsageError
@@ -121,12 +122,13 @@ class Bundle:
     def predict_fn(
         self, dtype: str = "float32", views: str | None = None
     ) -> Callable[[Any], jax.Array]:
-        """Returns `predict` as a compiled function of the inputs alone."""
+        """Returns `predict` as a compiled function of the inputs alone.
+
+        What it computes of the weights alone, it computes once.
+        """
         options = mesh.compiler_options(jax.default_backend())
-        compiled = jax.jit(
-            partial(self.predict, dtype=dtype, views=views), compiler_options=options
-        )
-        return partial(compiled, jax.device_put(self.variables))
+        predict = partial(self.predict, dtype=dtype, views=views)
+        return Ahead(predict, self.variables, options)
 
     def probe(self) -> np.ndarray:
         """Returns the logits for the probe input: plain float32, highest precision.

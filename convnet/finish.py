@@ -35,7 +35,7 @@ def finish(it: Run, workdir: Workdir, command: str) -> dict[str, Any]:
     for split in it.splits.values():
         split.bad.share()
     result = _result(it, evaluate.summary(it.predicted))
-    model = _bundle(it, result, command)
+    model = to_bundle(it, result, command)
     if processes.leads():
         bundle.save(workdir.path / "model.safetensors", model)
         contents = page(it, workdir, result, command)
@@ -72,7 +72,8 @@ def _result(it: Run, means: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def _bundle(it: Run, result: dict[str, Any], command: str) -> bundle.Bundle:
+def to_bundle(it: Run, result: dict[str, Any], command: str) -> bundle.Bundle:
+    """Returns what the model file of a run holds."""
     config, task = it.config, it.recipe.task
     origin = {
         "command": command,

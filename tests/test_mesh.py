@@ -1,4 +1,6 @@
+import ctypes
 import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -93,3 +95,34 @@ def test_leaves_are_split_along_their_largest_even_axis(shape, spec):
         patch.setattr(mesh, "NamedSharding", lambda _, spec: named(real, spec))
         found = mesh.sharded(fake, {"kernel": jax.ShapeDtypeStruct(shape, "float32")})
     assert found["kernel"].spec == jax.sharding.PartitionSpec(*spec)
+
+
+HEAPS = """
+import ctypes, threading
+import jax, numpy
+from convnet import mesh
+mesh.start("none")
+numpy.asarray(jax.jit(lambda x: x @ x)(numpy.ones((400, 400), numpy.float32)))
+thread = threading.Thread(target=lambda: bytearray(100_000))
+thread.start()
+thread.join()
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+def test_all_threads_of_a_run_on_a_cpu_share_a_heap():
+    # From a heap of its own a thread would get each large array as fresh pages.
+    if not hasattr(ctypes.CDLL(None), "malloc_info"):
+        pytest.skip("not glibc")
+    done = subprocess.run(
+        [sys.executable, "-c", HEAPS],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("<heap nr=") == 1
