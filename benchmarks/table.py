@@ -124,12 +124,11 @@ def start(values: flags.FlagValues) -> str | None:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax.config.update("jax_platforms", PLATFORM[values.device])
     try:
-        jax.devices()
+        mesh.start("none")
     except RuntimeError as error:
         raise UsageError(
             f"--device={values.device}: JAX finds none ({str(error).splitlines()[0]})"
         ) from error
-    mesh.start("none")
     return python
 
 
