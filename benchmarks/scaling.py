@@ -7,9 +7,9 @@ On two cores it takes about five minutes with the peer, most of them for compili
 
 Cost per image with the number of images in memory (`images/N`), their side (`size/N`)
 and the depth (`depth/NAME`); and, by the images in a step, the memory that it takes
-while it runs, beyond weights, optimizer and data (`memory/batch_N`; on a CPU under
-Linux only). The network is --network, as wide as --width says, the peer PyTorch in
-eager mode.
+while it runs, beyond weights, optimizer and data (`memory/batch_N`: what XLA plans, and
+by how much the peer's process grows; on a CPU under Linux only). The network is
+--network, as wide as --width says, the peer PyTorch in eager mode.
 """
 
 import contextlib
