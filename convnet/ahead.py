@@ -1,7 +1,7 @@
 """What a function computes of its weights alone, computed once and not in each call.
 
 A network in bfloat16 rounds its kernels, and one with batch norm multiplies them by its
-scales, before it looks at an input. For small batches that takes longer than all else.
+scales, before it looks at an input: the smaller the batch, the more of its time.
 """
 
 import functools

@@ -105,8 +105,7 @@ def _share_heap() -> None:
     """Tells glibc to take all threads' memory from one heap; called before they start.
 
     A thread with a heap of its own gets large arrays fresh from the kernel, each time,
-    whatever `_keep_heap` says: whether a step loses a quarter of its time was chance,
-    and could change within a run.
+    whatever `_keep_heap` says; which thread asks for them is chance.
     """
     _mallopt(_M_ARENA_MAX, 1)
 
