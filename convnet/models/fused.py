@@ -63,9 +63,10 @@ def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    x, gradient = _hold((x, gradient))
-    slope = _slope(x.astype(jnp.float32), "gelu")
-    by_x = (gradient.astype(jnp.float32) * slope).astype(x.dtype)
+    # One axis: XLA's vectors would not fill rows of 24 channels.
+    flat, gradient = _hold((x.reshape(len(x), -1), gradient.reshape(len(x), -1)))
+    slope = _slope(flat.astype(jnp.float32), "gelu")
+    by_x = (gradient.astype(jnp.float32) * slope).astype(x.dtype).reshape(x.shape)
     # Else it is computed again within the sum for the bias before it, and slowly.
     return (lax.optimization_barrier(by_x),)
 

@@ -38,7 +38,7 @@ def products(
     kh, kw, c, features = kernel.shape
     # Each place of the kernel moves `x` against the gradient. Moving both, `x` by
     # columns and the gradient by rows, copies less, unless the features are many.
-    both = stride == (1, 1) and kh * kw * c > kw * c + kh * features
+    both = stride == (1, 1) and kh * kw * c >= kw * c + kh * features
     factors = _moved_by_both if both else _moved_by_x
     width = kw * c + kh * features if both else kh * kw * c + features
     size = gradient.shape[1] * gradient.shape[2] * width * x.dtype.itemsize
