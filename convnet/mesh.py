@@ -6,7 +6,6 @@ over those of axis `fsdp`, which need 1/n of the memory for it and gather what t
 compute with (Rajbhandari et al., "ZeRO", 2020).
 """
 
-import ctypes
 import functools
 import os
 import warnings
@@ -18,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convnet import processor
+from convnet import heap, processor
 from convnet.errors import UsageError
 
 # On a CPU, XLA's defaults are slow for convolutions. YNNPACK stays for reductions only,
@@ -55,9 +54,9 @@ def start(compilation_cache: str, threads: int = 0) -> None:
       threads: how many (`threads`); 0: as NPROC says, or one for each core.
     """
     fix_threads(threads)
-    _share_heap()
+    heap.share()
     if jax.default_backend() == "cpu":
-        _keep_heap()
+        heap.keep()
     if compilation_cache == "none":
         return
     folder = Path(compilation_cache).expanduser()
@@ -95,34 +94,6 @@ def threads(config: Any) -> int:
     device, and there are at most as many devices as shards.
     """
     return config.mesh.shards if config.reproducible else 0
-
-
-# Parameters of glibc's mallopt.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-
-
-def _share_heap() -> None:
-    """Tells glibc to take all threads' memory from one heap; called before they start.
-
-    A thread with a heap of its own gets large arrays fresh from the kernel, each time,
-    whatever `_keep_heap` says; which thread asks for them is chance.
-    """
-    _mallopt(_M_ARENA_MAX, 1)
-
-
-def _keep_heap() -> None:
-    """Tells glibc to keep freed memory: fresh pages cost a quarter of a step's time.
-
-    Measured on two cores: 237 -> 298 images/s for ResNet-9, 113 -> 141 for a CNN.
-    """
-    _mallopt(_M_MMAP_MAX, 0)
-    _mallopt(_M_TRIM_THRESHOLD, -1)
-
-
-def _mallopt(parameter: int, value: int) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # Other C libraries have none.
-        mallopt(parameter, value)
 
 
 def make(batch_size: int, data: int = 0, fsdp: int = 1, shards: int = 0) -> Mesh:
