@@ -1,9 +1,9 @@
 """The gradient of a convolution by its kernel, as matrix products.
 
 oneDNN has a primitive for it, which XLA does not call. What automatic differentiation
-writes instead, a convolution with the batch as channels, is several times as slow on
-processors with matrix units (Intel's AMX), where it is also wrong for small parts of a
-batch in bfloat16: as large as the whole gradient for 8 images of 32x32.
+writes instead, a convolution with the batch as channels, is up to twice as slow, and on
+processors with matrix units (Intel's AMX) wrong in bfloat16 for 8 images of 24x24 or
+more: oneDNN's fault with such windows.
 """
 
 import itertools
