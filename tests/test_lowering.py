@@ -165,28 +165,20 @@ def test_the_reference_is_right():
 # Which form is taken.
 
 
-def convolutions(jaxpr):
-    """The convolutions of a program, also of the programs inside it."""
+def equations(jaxpr, name):
+    """A program's equations of a primitive, also those of the programs inside it."""
     found = []
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "conv_general_dilated":
-            found.append(equation)
-        for value in equation.params.values():
-            if isinstance(value, core.ClosedJaxpr):
-                found += convolutions(value.jaxpr)
-    return found
-
-
-def products(jaxpr):
-    """The matrix products of a program, also of the programs inside it."""
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
+        if equation.primitive.name == name:
             found.append(equation)
         for value in jax.tree.leaves(equation.params):
             if isinstance(value, core.ClosedJaxpr):
-                found += products(value.jaxpr)
+                found += equations(value.jaxpr, name)
     return found
+
+
+convolutions = functools.partial(equations, name="conv_general_dilated")
+products = functools.partial(equations, name="dot_general")
 
 
 def gradients(batch, dtype="float32", side=16, channels=64, features=64):

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+Pads = tuple[tuple[int, int], ...]
+
 # Bytes: about so much of both factors is laid out at a time, which stays in the cache.
 # Of 3, 5, 10 and 20 MB this was the best or near it, on two cores of an Intel Xeon.
 _PART = 10 << 20
@@ -25,7 +27,7 @@ def products(
     kernel: jax.Array,
     gradient: jax.Array,
     stride: tuple[int, int],
-    pads: tuple[tuple[int, int], ...],
+    pads: Pads,
 ) -> jax.Array:
     """Returns the gradient by `kernel`, in its dtype; summed in float32.
 
@@ -39,7 +41,6 @@ def products(
     # Each place of the kernel moves `x` against the gradient. Moving both, `x` by
     # columns and the gradient by rows, copies less, unless the features are many.
     both = stride == (1, 1) and kh * kw * c >= kw * c + kh * features
-    factors = _moved_by_both if both else _moved_by_x
     width = kw * c + kh * features if both else kh * kw * c + features
     size = gradient.shape[1] * gradient.shape[2] * width * x.dtype.itemsize
     # A kernel of one place moves nothing: the arrays are factors as they lie.
@@ -47,7 +48,11 @@ def products(
     number = 1 if still else _parts(len(x), _PART / size)
 
     def one(x: jax.Array, gradient: jax.Array) -> jax.Array:
-        left, right = factors(x, kernel.shape[:2], gradient, stride, pads)
+        if both:
+            left, right = _moved_by_both(x, gradient, (kh, kw), pads)
+        else:
+            sides = gradient.shape[1:3]
+            left, right = _moved_by_x(x, (kh, kw), sides, stride, pads), gradient
         n = _parts(len(x) * left.shape[1], _PLACES / left.shape[2])
         # Laid out once; within a product it would be gathered again and again.
         left, right = lax.optimization_barrier((left, right))
@@ -80,28 +85,22 @@ def _parts(whole: int, wanted: float) -> int:
 def _moved_by_x(
     x: jax.Array,
     window: tuple[int, int],
-    gradient: jax.Array,
+    sides: tuple[int, int],
     stride: tuple[int, int],
-    pads: tuple[tuple[int, int], ...],
-) -> tuple[jax.Array, jax.Array]:
-    """Returns factors (b, rows, columns, kh * kw * c) and (b, rows, columns, f)."""
-    down, right = (
-        (n - 1) * s + 1 for n, s in zip(gradient.shape[1:], stride, strict=False)
-    )
+    pads: Pads,
+) -> jax.Array:
+    """Returns (b, *sides, kh * kw * c): what each place of the kernel meets."""
+    down, right = ((n - 1) * s + 1 for n, s in zip(sides, stride, strict=True))
     x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
     moved = [
         x[:, i : i + down : stride[0], j : j + right : stride[1]]
         for i, j in itertools.product(*map(range, window))
     ]
-    return jnp.concatenate(moved, -1), gradient
+    return jnp.concatenate(moved, -1)
 
 
 def _moved_by_both(
-    x: jax.Array,
-    window: tuple[int, int],
-    gradient: jax.Array,
-    stride: tuple[int, int],
-    pads: tuple[tuple[int, int], ...],
+    x: jax.Array, gradient: jax.Array, window: tuple[int, int], pads: Pads
 ) -> tuple[jax.Array, jax.Array]:
     """Returns factors (b, h, columns, kw * c) and (b, h, columns, kh * f)."""
     (kh, kw), h, columns = window, x.shape[1], gradient.shape[2]

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from convnet.models import kernel_gradient
-
-Pads = tuple[tuple[int, int], ...]
+from convnet.models.kernel_gradient import Pads
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 _PLAIN = contextvars.ContextVar("plain", default=False)
