@@ -217,14 +217,15 @@ def test_parts_are_equal(images, wanted, parts):
 
 def test_parts_are_summed_in_float32(forms, monkeypatch):
     """A part counts in full beside a sum that is 256 times as large."""
-    monkeypatch.setattr(kernel_gradient, "_PART", 8 * 2 * 2 * (5 + 1) * 2)
+    monkeypatch.setattr(kernel_gradient, "_PART", 8 * 3 * 2 * (5 + 1) * 2)
     x = np.full((40, 2, 2, 5), 1 / 16, ml_dtypes.bfloat16)
     x[::5] = 32.0
     kernel = np.zeros((1, 1, 5, 1), ml_dtypes.bfloat16)
-    ones = np.ones((40, 2, 2, 1), ml_dtypes.bfloat16)
+    ones = np.ones((40, 3, 2, 1), ml_dtypes.bfloat16)
     # Parts of 8 examples: 1024, and four times 2. In bfloat16, 1024 + 2 is 1024.
     assert ml_dtypes.bfloat16(1024) + ml_dtypes.bfloat16(2) == 1024
-    case = (None, None, None, (1, 1), ((0, 0), (0, 0)))
+    # Without the row of zeros the arrays would be factors as they lie, and no parts.
+    case = (None, None, None, (1, 1), ((1, 0), (0, 0)))
     *_, total = with_gradients(lowering.convolve2d, case, x, kernel, ones)
     assert np.asarray(total, np.float32).ravel().tolist() == [1024 + 4 * 2] * 5
 
