@@ -7,10 +7,11 @@ Ours is `python -m convnet.main` with the experiment; the peer trains airbench94
 recipe, written in PyTorch, on the same decoded images. Both are evaluated after every
 epoch, and in the end once more by the experiment's test-time augmentation (for which
 the last epoch counts). Seconds are those of training alone, and once more with
-compilation (and initialisation) added; evaluation never counts. Runs take turns, seed
-by seed; rows of one seed come as soon as it is done, means over the seeds last. Of both
-sides the first run compiles everything; later ones find what can be kept (on a GPU all
-of it), so that the rows of seed 0 are those of a first run.
+compilation (and initialisation) added; evaluation never counts. The two sides take
+turns, epoch by epoch, so that a slow hour of the machine is one for both; rows of one
+seed come as soon as it is done, means over the seeds last. Of both sides the first run
+compiles everything; later ones find what can be kept (on a GPU all of it), so that the
+rows of seed 0 are those of a first run.
 
 The targets 92, 93 and 94 % are for the original images. On a copy of CIFAR-10 stored as
 JPEG they are out of reach; a target that no evaluation reached has no number.
@@ -18,10 +19,7 @@ JPEG they are out of reach; a target that no evaluation reached has no number.
 
 import contextlib
 import dataclasses
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,10 +31,11 @@ from absl import flags
 from benchmarks import table as table_lib
 from benchmarks.peer import Peer
 from benchmarks.table import Row, Table
+from benchmarks.turns import Run
 from convnet import cli
 from convnet.data import source
 from convnet.data.decode import DecodeError
-from convnet.errors import ConvnetError, UsageError
+from convnet.errors import UsageError
 from convnet.workdir import Workdir
 
 TARGETS = "85,88,90,92,93,94"
@@ -120,10 +119,11 @@ def main(values: flags.FlagValues) -> None:
         for seed in range(values.seeds):
             path = workdir / f"seed_{seed}"
             cached = [*arguments, f"--config.compilation_cache={cache}"]
-            ours.append(train_ours(cached, path, seed, values.device))
-            if peer is not None:
-                peers.append(train_peer(peer, config, seed, values))
-                counts = ours[-1].parameters, peers[-1].parameters
+            curve, other = train(cached, path, seed, peer, config, values)
+            ours.append(curve)
+            if other is not None:
+                peers.append(other)
+                counts = curve.parameters, other.parameters
                 if seed == 0 and counts[0] != counts[1]:
                     table.note(
                         "two networks: of {:,} and {:,} parameters".format(*counts)
@@ -161,26 +161,31 @@ def _load(peer: Peer, config: Any, device: str) -> None:
         peer("load", path=path, device=device)
 
 
-def train_ours(arguments: list[str], path: Path, seed: int, device: str) -> Curve:
-    """Runs `python -m convnet.main` in the workdir `path`.
+def train(
+    arguments: list[str],
+    path: Path,
+    seed: int,
+    peer: Peer | None,
+    config: Any,
+    values: flags.FlagValues,
+) -> tuple[Curve, Curve | None]:
+    """Trains both sides in turns, ours in the workdir `path`.
 
     Raises:
-      ConvnetError: it failed; with its last line.
+      ConvnetError: a side failed.
     """
-    command = [sys.executable, "-m", "convnet.main", f"--workdir={path}"]
-    done = subprocess.run(
-        [*command, *arguments, f"--config.seed={seed}"],
-        env={**os.environ, "JAX_PLATFORMS": table_lib.PLATFORM[device]},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    if done.returncode:
-        words = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise ConvnetError(f"our run {path} ended with {done.returncode}: {words[0]}")
+    arguments = [f"--workdir={path}", f"--config.seed={seed}", *arguments]
+    environment = {"JAX_PLATFORMS": table_lib.PLATFORM[values.device]}
+    other = None if peer is None else PeerRun(peer, config, seed, values)
+    if Workdir(path).read_json("result.json") is None:
+        with Run(arguments, environment) as run:
+            while run.go_on():
+                if other is not None:
+                    other.epoch()
     workdir = Workdir(path)
     batch = workdir.read_json("config.json")["data"]["batch_size"]
-    return curve(workdir.history(), batch, workdir.read_json("result.json"))
+    ours = curve(workdir.history(), batch, workdir.read_json("result.json"))
+    return ours, other and other.curve()
 
 
 def curve(rows: list[dict[str, Any]], batch: int, result: dict[str, Any]) -> Curve:
@@ -200,24 +205,37 @@ def curve(rows: list[dict[str, Any]], batch: int, result: dict[str, Any]) -> Cur
     return Curve(tuple(points), result["compile/seconds"], result["params/count"])
 
 
-def train_peer(peer: Peer, config: Any, seed: int, values: flags.FlagValues) -> Curve:
-    """Has the peer train, with as many epochs and images in a step as ours."""
-    compiled = values.peer_compiled
-    begun = peer(
-        "begin",
-        seed=seed,
-        epochs=config.train.epochs,
-        batch=config.data.batch_size,
-        compiled=values.device == "gpu" if compiled is None else compiled,
-    )
-    points, seconds = [], 0.0
-    for _ in range(begun["epochs"]):
-        epoch = peer("epoch")
-        seconds += epoch["seconds"]
-        points.append((seconds, 100 * epoch["accuracy"]))
-    last = peer("evaluate", views=config.evaluate.tta)
-    points.append((seconds, 100 * last))
-    return Curve(tuple(points), begun["seconds"], begun["parameters"])
+class PeerRun:
+    """The peer's run, with as many epochs and images in a step as ours."""
+
+    def __init__(
+        self, peer: Peer, config: Any, seed: int, values: flags.FlagValues
+    ) -> None:
+        compiled = values.peer_compiled
+        self._peer, self._views = peer, config.evaluate.tta
+        self._begun = peer(
+            "begin",
+            seed=seed,
+            epochs=config.train.epochs,
+            batch=config.data.batch_size,
+            compiled=values.device == "gpu" if compiled is None else compiled,
+        )
+        self._points: list[tuple[float, float]] = []
+        self._seconds = 0.0
+
+    def epoch(self) -> None:
+        """Has it train and evaluate an epoch."""
+        epoch = self._peer("epoch")
+        self._seconds += epoch["seconds"]
+        self._points.append((self._seconds, 100 * epoch["accuracy"]))
+
+    def curve(self) -> Curve:
+        """Has it do the epochs that are left, if any; returns the whole run."""
+        while len(self._points) < self._begun["epochs"]:
+            self.epoch()
+        last = self._peer("evaluate", views=self._views)
+        points = (*self._points, (self._seconds, 100 * last))
+        return Curve(points, self._begun["seconds"], self._begun["parameters"])
 
 
 def add_rows(

@@ -55,7 +55,7 @@ def wanted(
     config: ml_collections.ConfigDict,
     recipe: Recipe,
     mesh: Mesh,
-    thawed: Recipe | None,
+    thaws: bool,
     shape: tuple[int, ...],
     examples: int,
 ) -> bool:
@@ -65,7 +65,7 @@ def wanted(
 
     Args:
       config, recipe, mesh: of the run.
-      thawed: its later recipe, if it has one.
+      thaws: whether what is frozen trains later on.
       shape: of an input, (1, *spatial, c).
       examples: of the training split.
 
@@ -77,7 +77,7 @@ def wanted(
         return False
     count = views(config)
     why = ""
-    if thawed or ("base",) not in recipe.frozen.layers:
+    if thaws or ("base",) not in recipe.frozen.layers:
         why = "the base trains: see transfer.freeze and transfer.thaw_epoch"
     elif not count:
         why = "the augmentation never repeats itself: only augment.flip = 'alternating'"

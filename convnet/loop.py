@@ -46,7 +46,7 @@ class Loop:
         self._unlogged: list[dict[str, np.ndarray]] = []
         self._waited = 0.0
         self._logged_seconds = it.train_seconds
-        self._compiled: dict[tuple[int, bool], Any] = {}
+        self._compiled: dict[tuple[int, int], Any] = {}
         self._dispatched = 0
         self._doing, self._waiting = together.ANYTHING, together.STARTING
 
@@ -114,7 +114,7 @@ class Loop:
             while (
                 stop % together
                 and stop < end
-                and stop != it.plan.thaw_step
+                and stop not in it.later
                 and not any(self._due(stop, stop - 1))
             ):
                 stop += 1
@@ -147,7 +147,7 @@ class Loop:
         """The compiled program of so many steps, off the clock of training."""
         it = self._it
         recipe = it.recipe_of(self._done)
-        key = steps, recipe is it.recipe
+        key = steps, id(recipe)
         if key not in self._compiled:
             start = time.perf_counter()
             self._compiled[key] = it.compile(

@@ -4,7 +4,7 @@ kellerjordan.github.io/posts/muon. What is no kernel of the base goes through SG
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import optax
 # Newton-Schulz coefficients of Jordan 2024: the steepest slope at zero, at the price of
 # singular values that end anywhere from 0.68 to 1.21 rather than at 1.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_WHITEN = "whiten"  # the name of a whitening layer
 # Matrices are padded to a common shape where the stack then has at most so many times
 # the numbers: few large products keep an accelerator busy, a CPU had only more to do.
 _PADDED = {"cpu": 1.0}
@@ -64,7 +65,7 @@ def create(
         return rate(step) / max(optimizer.lr, 1e-30)
 
     def early(step: Any) -> jax.Array:
-        until = max(optimizer.whiten_until * total_steps, 1.0)
+        until = _until(optimizer, total_steps)
         return jnp.maximum(1 - jnp.asarray(step + start, jnp.float32) / until, 0.0)
 
     return optax.partition(
@@ -76,6 +77,19 @@ def create(
         },
         _labels,
     )
+
+
+def settled(
+    optimizer: Any, total_steps: int, paths: Iterable[str]
+) -> tuple[int, frozenset[str]]:
+    """See `optim.settled`."""
+    found = frozenset(path for path in paths if _WHITEN in path.split("/"))
+    step = math.ceil(_until(optimizer, total_steps))
+    return (step, found) if found and step < total_steps else (0, frozenset())
+
+
+def _until(optimizer: Any, total_steps: int) -> float:
+    return max(optimizer.whiten_until * total_steps, 1.0)
 
 
 def orthogonalize(matrices: jax.Array, steps: int) -> jax.Array:
@@ -140,7 +154,7 @@ def _labels(params: Any) -> Any:
         names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
         if names[0] == "head":
             return "head"
-        if "whiten" in names:
+        if _WHITEN in names:
             return "whitening"
         return "kernel" if leaf.ndim > 1 else "vector"
 

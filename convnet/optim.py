@@ -4,7 +4,7 @@ Whatever depends on time is computed from the step count inside the optimizer's 
 state, so that a checkpoint of that state is all that is needed to go on.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -85,6 +85,24 @@ def create(
         )
     rule = [*clipped, *rule, optax.scale_by_learning_rate(rate)]
     return optax.chain(*rule), schedule_fn
+
+
+def settled(
+    optimizer: Any, total_steps: int, paths: Iterable[str]
+) -> tuple[int, frozenset[str]]:
+    """Returns the step from which on some parameters no longer move, and which.
+
+    Their rate is 0 then, so that nobody needs their gradients: those of a first layer
+    are dear. (0, none) where all move to the end.
+
+    Args:
+        optimizer: the section of the config.
+        total_steps: number of updates of the whole run.
+        paths: of all parameters, such as "base/stem/whiten/bias".
+    """
+    if optimizer.name != "muon":
+        return 0, frozenset()
+    return muon.settled(optimizer, total_steps, paths)
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -41,8 +41,9 @@ class Program:
 class Run:
     """Everything that a run needs, made by `prepare`.
 
-    `thawed` is the recipe from step `plan.thaw_step` on, None where nothing thaws. With
-    `cached` the splits hold features in place of inputs (`convnet.features`).
+    `later` has the recipes that take the place of `recipe`, by the step from which on
+    they hold, in this order. With `cached` the splits hold features in place of inputs
+    (`convnet.features`).
     """
 
     config: ml_collections.ConfigDict
@@ -50,7 +51,7 @@ class Run:
     mesh: Mesh
     dataset: source_lib.Dataset
     recipe: Recipe
-    thawed: Recipe | None
+    later: dict[int, Recipe]
     cached: bool
     plan: transfer.Plan
     schedule: optim.Schedule
@@ -79,8 +80,8 @@ class Run:
 
     def recipe_of(self, step: int) -> Recipe:
         """Returns the recipe of the step with this index."""
-        late = self.thawed is not None and step >= self.plan.thaw_step
-        return self.thawed if late else self.recipe
+        begun = [recipe for start, recipe in self.later.items() if step >= start]
+        return begun[-1] if begun else self.recipe
 
     def out_shardings(self) -> tuple[Any, Any]:
         """Returns where a train step puts the next state, and its metrics."""
@@ -179,7 +180,7 @@ def prepare(
             shards=shards,
             mesh=mesh,
         )
-        recipe, thawed, schedule = _recipes(
+        recipe, later, schedule = _recipes(
             make, config, plan, total_steps, schedule or config.schedule
         )
         summary = summary_lib.summarize(model, example.shape)
@@ -193,8 +194,10 @@ def prepare(
         mesh=mesh,
         dataset=dataset,
         recipe=recipe,
-        thawed=thawed,
-        cached=features.wanted(config, recipe, mesh, thawed, example.shape, examples),
+        later=later,
+        cached=features.wanted(
+            config, recipe, mesh, bool(plan.thaw_step), example.shape, examples
+        ),
         plan=plan,
         schedule=schedule,
         total_steps=total_steps,
@@ -212,19 +215,29 @@ def _recipes(
     plan: transfer.Plan,
     total_steps: int,
     schedule: Any,
-) -> tuple[Recipe, Recipe | None, optim.Schedule]:
-    """The recipe at the start, that after the thaw (or None), and the schedule."""
+) -> tuple[Recipe, dict[int, Recipe], optim.Schedule]:
+    """The recipe at the start, the later ones, and the schedule."""
 
     def create(frozen: Frozen, start: int) -> Any:
         optimizer, rate = optim.create(config.optimizer, schedule, total_steps, start)
         return frozen.without(optim.scaled(optimizer, plan.scales())), rate
 
     first, rate = create(plan.frozen, 0)
-    if not plan.thaw_step:
-        return make(optimizer=first, frozen=plan.frozen), None, rate
-    stages = first, create(Frozen(), plan.thaw_step)[0]
-    recipe = make(optimizer=staged(stages, 0), frozen=plan.frozen)
-    return recipe, make(optimizer=staged(stages, 1)), rate
+    recipe = make(optimizer=first, frozen=plan.frozen)
+    thawed = None
+    if plan.thaw_step:
+        stages = first, create(Frozen(), plan.thaw_step)[0]
+        recipe = make(optimizer=staged(stages, 0), frozen=plan.frozen)
+        thawed = make(optimizer=staged(stages, 1))
+    params = [leaf.path for leaf in plan.leaves if leaf.collection == "params"]
+    settles, paths = optim.settled(config.optimizer, total_steps, params)
+    later = {}
+    for start in sorted({plan.thaw_step, settles} - {0}):
+        now = thawed if thawed and start >= plan.thaw_step else recipe
+        still = paths - now.frozen.params if start >= settles else frozenset()
+        if still or start == plan.thaw_step:
+            later[start] = dataclasses.replace(now, settled=Frozen(still))
+    return recipe, later, rate
 
 
 def _check_shapes(recipe: Recipe, record: dict[str, Any], views: str) -> None:

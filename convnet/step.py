@@ -45,8 +45,9 @@ class Recipe:
     """What stays the same from step to step.
 
     `mean` and `std` are in units of `to_unit`; `augment` has config.augment's keys. The
-    optimizer is given the gradients of what is not frozen. With `shards` the gradient
-    is the sum over so many virtual shards of the batch, which lies on `mesh`.
+    optimizer is given the gradients of what is not frozen; those of what is `settled`,
+    whose rate is 0 by now, are zeros that cost nothing. With `shards` the gradient is
+    the sum over so many virtual shards of the batch, which lies on `mesh`.
     """
 
     model: nn.Module
@@ -59,6 +60,7 @@ class Recipe:
     accumulate: int
     ema: float
     frozen: Frozen = Frozen()
+    settled: Frozen = Frozen()
     shards: int = 0
     mesh: Mesh | None = None
 
@@ -197,15 +199,17 @@ def train_step(
     """
     batch = network_batch(state.step, data, batch, recipe=recipe)
     trained, rest = recipe.frozen.split(state.params)
+    moving, settled = recipe.settled.split(trained)
     grads, batch_stats, metrics = gradient.of_batch(
         recipe,
-        mesh_lib.gathered(recipe.mesh, (trained, rest)),
+        mesh_lib.gathered(recipe.mesh, (moving, merge(rest, settled))),
         state.batch_stats,
         batch,
         recipe.key(2, state.step),
         cached=is_cached(data),
     )
     grads = mesh_lib.scattered(recipe.mesh, grads)
+    grads = merge(grads, jax.tree.map(jnp.zeros_like, settled))
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     trained = optax.apply_updates(trained, updates)
     params, ema = merge(trained, rest), state.ema
