@@ -91,18 +91,24 @@ def _short(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}" if value < 1e4 else f"{value:.0f}"
 
 
-def define(values: flags.FlagValues, repeats: int | None = 5) -> None:
-    """Defines the common flags; `repeats` None leaves out that one."""
+def define(
+    values: flags.FlagValues, repeats: int | None = 5, peer: bool = True
+) -> None:
+    """Defines the common flags; `repeats` None, or `peer` False, leaves out that one.
+
+    A peer is a program in a Python of its own.
+    """
     flags.DEFINE_string("output", None, "JSON file of the rows", flag_values=values)
     flags.DEFINE_enum(
         "device", "cpu", ["cpu", "gpu"], "what both sides run on", flag_values=values
     )
-    flags.DEFINE_string(
-        "peer_python",
-        os.environ.get("CONVNET_PEER_PYTHON") or None,
-        "the peer's Python interpreter; CONVNET_PEER_PYTHON if not given",
-        flag_values=values,
-    )
+    if peer:
+        flags.DEFINE_string(
+            "peer_python",
+            os.environ.get("CONVNET_PEER_PYTHON") or None,
+            "the peer's Python interpreter; CONVNET_PEER_PYTHON if not given",
+            flag_values=values,
+        )
     if repeats is not None:
         flags.DEFINE_integer(
             "repeats",
@@ -119,7 +125,7 @@ def start(values: flags.FlagValues) -> str | None:
     Raises:
       UsageError: there is no such device, or no such interpreter.
     """
-    python = peer_python(values)
+    python = peer_python(values) if "peer_python" in values else None
     # Two programs share the device's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax.config.update("jax_platforms", PLATFORM[values.device])

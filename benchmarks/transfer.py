@@ -37,7 +37,7 @@ WAYS = {
 def define(values: flags.FlagValues, argv: list[str]) -> None:
     """Defines the flags of this benchmark."""
     del argv
-    table_lib.define(values)
+    table_lib.define(values, peer=False)
     flags.DEFINE_string(
         "models", "cifar10", "model files, workdirs or names", flag_values=values
     )
@@ -51,7 +51,6 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
 def main(values: flags.FlagValues) -> None:
     """Measures model by model; the ways take turns."""
     dtypes = table_lib.choose(values.dtypes, DTYPES, "dtypes")
-    values.peer_python = None
     table_lib.start(values)
     size = values.batch or BATCH[values.device]
     table = Table(values.output, f"transfer, {values.device}, {size} images in a step")

@@ -6,17 +6,19 @@ import mmap
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import scaling, startup, table, time_to_accuracy, train_step
+from benchmarks import scaling, startup, table, time_to_accuracy, train_step, turns
 from benchmarks.peer import Peer, PeerError
 from benchmarks.peers import memory
 from benchmarks.table import Row, Table
 from convnet import cli
 from convnet.errors import ConvnetError, UsageError
+from convnet.workdir import Workdir
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -58,10 +60,9 @@ COMMANDS = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Starts all of them at once: (rows, printed) by name."""
-    folder = tmp_path_factory.mktemp("benchmarks")
-    environment = {k: v for k, v in os.environ.items() if k != "CONVNET_PEER_PYTHON"}
+def experiment(tmp_path_factory):
+    """The path of a config with data of its own."""
+    folder = tmp_path_factory.mktemp("experiment")
     # Two classes that a brightness tells apart.
     labels = np.arange(200) % 2
     images = np.random.default_rng(0).integers(0, 100, (200, 8, 8, 3), np.uint8)
@@ -70,6 +71,14 @@ def runs(tmp_path_factory):
     np.savez(folder / "data.npz", **arrays)
     experiment = folder / "tiny.py"
     experiment.write_text(EXPERIMENT.format(data=folder / "data.npz"))
+    return experiment
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, experiment):
+    """Starts all of them at once: (rows, printed) by name."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    environment = {k: v for k, v in os.environ.items() if k != "CONVNET_PEER_PYTHON"}
     started = {}
     for name, arguments in COMMANDS.items():
         if name == "time_to_accuracy":
@@ -128,7 +137,8 @@ def test_rows_follow_the_schema_and_a_line_says_how_to_make_a_peer(runs, name):
         assert row["peer"] is row["peer_name"] is row["ratio"] is None
         assert row["ours"] is None or row["ours"] > 0
         assert f"{row['case']} " in printed
-    assert "pip install torch" in printed
+    # The one of them that has no peer does not ask for it.
+    assert ("pip install torch" in printed) == (name != "kernels")
 
 
 def test_train_step_measures_both_modes(runs):
@@ -209,6 +219,30 @@ def test_a_curve_is_read_off_the_metrics():
     assert curve.seconds_to(85, compiling=True) == pytest.approx(10)
     assert curve.seconds_to(90) == pytest.approx(7)
     assert curve.seconds_to(91) is None
+
+
+def test_a_run_of_ours_stands_still_between_its_epochs(tmp_path, experiment):
+    path, limits = tmp_path / "run", ("train", "test")
+    arguments = [f"--config={experiment}", f"--workdir={path}"]
+    arguments += ["--config.train.eval_every=1"]
+    arguments += [f"--config.data.{name}_limit=40" for name in limits]
+    with turns.Run(arguments, {"JAX_PLATFORMS": "cpu"}) as run:
+        for epoch in (1, 2):
+            assert run.go_on()
+            rows = Workdir(path).history()
+            assert sum("test/accuracy" in row for row in rows) == epoch
+            time.sleep(3)
+            assert Workdir(path).history() == rows
+        assert not run.go_on()
+    result = Workdir(path).read_json("result.json")
+    # The waiting is not on its clock: these are four steps of 20 small images.
+    assert result["train/seconds"] < 3
+
+
+def test_a_run_of_ours_that_fails_says_why(experiment):
+    with turns.Run([f"--config={experiment}", "--config.nonsense=1"], {}) as run:
+        with pytest.raises(ConvnetError, match="our run ended with 2: .*nonsense"):
+            run.go_on()
 
 
 def test_means_need_every_run(capsys):

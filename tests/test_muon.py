@@ -208,6 +208,31 @@ def test_the_whitening_bias_stops_when_its_time_is_over(start, gradients):
     np.testing.assert_array_equal(trail[1], trail[3])
 
 
+@pytest.mark.parametrize("until", [0.0, 0.375, 0.4])
+def test_it_is_settled_from_the_first_step_that_does_not_move_it(
+    until, start, gradients
+):
+    chosen, name = optimizer(whiten_until=until), "base/stem/whiten/bias"
+    step, settled = optim.settled(chosen, STEPS, SHAPES)
+    assert settled == {name}
+    counts = step - 1, step, STEPS
+    trail = [train(chosen, start, gradients[:n])[name] for n in counts]
+    assert not np.array_equal(trail[0], trail[1])
+    np.testing.assert_array_equal(trail[1], trail[2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "paths"),
+    [
+        ({"name": "sgd"}, SHAPES),
+        ({"whiten_until": 1.0}, SHAPES),
+        ({}, ["base/whitening/bias", "head/logits/kernel"]),
+    ],
+)
+def test_nothing_settles(changes, paths):
+    assert optim.settled(optimizer(**changes), STEPS, paths) == (0, frozenset())
+
+
 def test_moves_along_the_polar_factor(start, gradients):
     """One step: the momentum's singular vectors, with singular values near 1."""
     name = "base/group1/conv1/kernel"

@@ -1,5 +1,7 @@
 """speednet: its parts against NumPy, its whitening from start to file."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from flax import traverse_util
 from convnet import bundle as bundle_lib
 from convnet import config as config_lib
 from convnet import loop, models, prepare, train
+from convnet import step as step_lib
 from convnet.errors import UsageError
 
 WIDTHS = (8, 12, 16)
@@ -324,3 +327,78 @@ def test_a_run_on_inputs_that_are_too_small_names_their_shape(tmp_path):
     write_arrays(tmp_path / "data.npz", count=12, side=16)
     with pytest.raises(UsageError, match=r"the last pool: .*an input is \(16, 16, 3\)"):
         prepare.prepare(config_of(tmp_path / "data.npz"))
+
+
+# Once the rate of the whitening's bias is 0: from step 2 of these 5.
+
+BIAS = "base/stem/whiten/bias"
+SETTLING = {"train.steps": 5, "optimizer.whiten_until": 0.4}
+
+
+@pytest.fixture(scope="module")
+def arrays(tmp_path_factory):
+    path = tmp_path_factory.mktemp("settling") / "data.npz"
+    write_arrays(path)
+    return path
+
+
+def trained(path, stop, start=0, state=None, settles=True):
+    it = prepare.prepare(config_of(path, **SETTLING))
+    if not settles:
+        it.later = {}
+    it.state = state or prepare.initial_state(it)
+    loop.Loop(it, start, None, None).replay(stop)
+    return jax.device_get(it.state)
+
+
+@pytest.fixture(scope="module")
+def half(arrays):
+    return trained(arrays, 3)
+
+
+@pytest.fixture(scope="module")
+def whole(arrays):
+    return trained(arrays, 5)
+
+
+def test_a_settled_bias_changes_no_other_number(arrays, half, whole):
+    found, want = (
+        traverse_util.flatten_dict(
+            {"params": s.params, "stats": s.batch_stats, "ema": s.ema}, sep="/"
+        )
+        for s in (whole, trained(arrays, 5, settles=False))
+    )
+    assert found.keys() == want.keys()
+    for name, leaf in want.items():
+        np.testing.assert_allclose(found[name], leaf, rtol=1e-4, atol=1e-5)
+    assert (found[f"params/{BIAS}"] == want[f"params/{BIAS}"]).all()
+    # Its average still moves towards it.
+    before = half.ema["params"]["base"]["stem"]["whiten"]["bias"]
+    after, bias = found[f"ema/params/{BIAS}"], found[f"params/{BIAS}"]
+    assert (abs(after - bias) < 0.9 * abs(before - bias)).all()
+
+
+def test_a_run_resumed_after_it_settled_ends_with_the_same_bits(arrays, half, whole):
+    resumed = trained(arrays, 5, start=3, state=half)
+    jax.tree.map(np.testing.assert_array_equal, resumed, whole)
+
+
+def test_its_gradient_is_not_computed_any_more(arrays):
+    it = prepare.prepare(config_of(arrays, **SETTLING))
+    assert {start: it.later[start].settled.params for start in it.later} == {2: {BIAS}}
+    state = prepare.initial_state(it)
+    batch = next(it.split("train").batches(it.train_order, 0, 1))
+
+    def convolutions(recipe):
+        step = functools.partial(step_lib.train_step, recipe=recipe)
+        program = jax.make_jaxpr(step)(state, it.split("train").data, batch)
+        return str(program).count("conv_general_dilated[")
+
+    assert convolutions(it.recipe_of(2)) < convolutions(it.recipe_of(1))
+
+
+def test_nothing_settles_where_all_moves_to_the_end(arrays):
+    plain = config_of(arrays, **SETTLING | {"optimizer.name": "sgd"})
+    late = config_of(arrays, **SETTLING | {"optimizer.whiten_until": 0.9})
+    for config in (plain, late):
+        assert prepare.prepare(config).later == {}

@@ -61,9 +61,9 @@ def compile_once(self, function, *args, recipe=None, **options):
     """`Run.compile`, for which runs of one config are the same."""
     shapes = jax.tree.map(jax.typeof, args)
     name = getattr(function, "func", function).__name__
-    stage = recipe is not None and recipe is self.thawed
+    stage = [start for start, later in self.later.items() if later is recipe]
     keywords = getattr(function, "keywords", {})
-    key = (config_lib.sha256(self.config), name, str(keywords), stage, str(shapes))
+    key = (config_lib.sha256(self.config), name, str(keywords), str(stage), str(shapes))
     if key not in COMPILED:
         COMPILED[key] = compile_each(self, function, *args, recipe=recipe, **options)
     return COMPILED[key]
@@ -474,7 +474,7 @@ def test_no_program_of_several_steps_reaches_over_the_thaw(folder, start, sizes)
 
 def test_a_thaw_after_the_end_is_none(folder):
     it = prepare.prepare(config_of(folder, **THAW | {"train__steps": 5}))
-    assert it.thawed is None and it.plan.thaw_step == 0
+    assert it.later == {} and it.plan.thaw_step == 0
     paths = jax.tree_util.keystr
     state = prepare.initial_state(it)
     leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
