@@ -40,7 +40,7 @@ _CASES = {
 def define(values: flags.FlagValues, argv: list[str]) -> None:
     """Defines the flags of this benchmark."""
     del argv
-    table_lib.define(values, peer=False)
+    table_lib.define(values, peer_python=False)
     flags.DEFINE_list("threads", ["1", "2"], "that decode", flag_values=values)
 
 

@@ -33,7 +33,7 @@ _MOST_SHOWN = 12
 def define(values: flags.FlagValues, argv: list[str]) -> None:
     """Defines the flags of this benchmark."""
     cli.define_config(values, argv)
-    table_lib.define(values, peer=False)
+    table_lib.define(values, peer_python=False)
     flags.DEFINE_integer(
         "steps", 1, "in one program; on a GPU 25 are usual", 1, flag_values=values
     )

@@ -29,7 +29,7 @@ PEER = "by default"
 def define(values: flags.FlagValues, argv: list[str]) -> None:
     """Defines the flags of this benchmark."""
     del argv
-    table_lib.define(values, peer=False)
+    table_lib.define(values, peer_python=False)
     for name, default, meaning in (
         ("experiments", "digits,cifar10_cnn,cifar10", "names, in experiments/"),
         ("shards", "8", "virtual shards of a batch (mesh.shards)"),

@@ -42,7 +42,7 @@ _PATIENCE = 60.0  # Seconds that a client waits for one answer.
 def define(values: flags.FlagValues, argv: list[str]) -> None:
     """Defines the flags of this benchmark."""
     del argv
-    table_lib.define(values, repeats=None, peer=False)
+    table_lib.define(values, repeats=None, peer_python=False)
     flags.DEFINE_string(
         "model",
         None,

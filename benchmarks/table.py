@@ -92,17 +92,18 @@ def _short(value: float | None) -> str:
 
 
 def define(
-    values: flags.FlagValues, repeats: int | None = 5, peer: bool = True
+    values: flags.FlagValues, repeats: int | None = 5, peer_python: bool = True
 ) -> None:
-    """Defines the common flags; `repeats` None, or `peer` False, leaves out that one.
+    """Defines the common flags.
 
-    A peer is a program in a Python of its own.
+    `repeats` None leaves --repeats out, `peer_python` False --peer_python: some peers
+    need no Python of their own.
     """
     flags.DEFINE_string("output", None, "JSON file of the rows", flag_values=values)
     flags.DEFINE_enum(
         "device", "cpu", ["cpu", "gpu"], "what both sides run on", flag_values=values
     )
-    if peer:
+    if peer_python:
         flags.DEFINE_string(
             "peer_python",
             os.environ.get("CONVNET_PEER_PYTHON") or None,

@@ -8,8 +8,9 @@ recipe, written in PyTorch, on the same decoded images. Both are evaluated after
 epoch, and in the end once more by the experiment's test-time augmentation (for which
 the last epoch counts). Seconds are those of training alone, and once more with
 compilation (and initialisation) added; evaluation never counts. The two sides take
-turns, epoch by epoch, so that a slow hour of the machine is one for both; rows of one
-seed come as soon as it is done, means over the seeds last. Of both sides the first run
+turns, epoch by epoch, so that a slow hour of the machine is one for both (but where
+--workdir holds a run of ours); rows of one seed come as soon as it is done, means over
+the seeds last. Of both sides the first run
 compiles everything; later ones find what can be kept (on a GPU all of it), so that the
 rows of seed 0 are those of a first run.
 
@@ -177,11 +178,10 @@ def train(
     arguments = [f"--workdir={path}", f"--config.seed={seed}", *arguments]
     environment = {"JAX_PLATFORMS": table_lib.PLATFORM[values.device]}
     other = None if peer is None else PeerRun(peer, config, seed, values)
-    if Workdir(path).read_json("result.json") is None:
-        with Run(arguments, environment) as run:
-            while run.go_on():
-                if other is not None:
-                    other.epoch()
+    with Run(arguments, environment) as run:
+        while run.go_on():
+            if other is not None:
+                other.epoch()
     workdir = Workdir(path)
     batch = workdir.read_json("config.json")["data"]["batch_size"]
     ours = curve(workdir.history(), batch, workdir.read_json("result.json"))
@@ -224,18 +224,23 @@ class PeerRun:
         self._seconds = 0.0
 
     def epoch(self) -> None:
-        """Has it train and evaluate an epoch."""
+        """Has it train and evaluate its next epoch, if one is left."""
+        if self._done():
+            return
         epoch = self._peer("epoch")
         self._seconds += epoch["seconds"]
         self._points.append((self._seconds, 100 * epoch["accuracy"]))
 
     def curve(self) -> Curve:
         """Has it do the epochs that are left, if any; returns the whole run."""
-        while len(self._points) < self._begun["epochs"]:
+        while not self._done():
             self.epoch()
         last = self._peer("evaluate", views=self._views)
         points = (*self._points, (self._seconds, 100 * last))
         return Curve(points, self._begun["seconds"], self._begun["parameters"])
+
+    def _done(self) -> bool:
+        return len(self._points) == self._begun["epochs"]
 
 
 def add_rows(

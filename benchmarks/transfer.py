@@ -37,7 +37,7 @@ WAYS = {
 def define(values: flags.FlagValues, argv: list[str]) -> None:
     """Defines the flags of this benchmark."""
     del argv
-    table_lib.define(values, peer=False)
+    table_lib.define(values, peer_python=False)
     flags.DEFINE_string(
         "models", "cifar10", "model files, workdirs or names", flag_values=values
     )

@@ -18,8 +18,8 @@ _TURN = "the next turn, please"
 class Run:
     """`python -m convnet.main`, an epoch at a time.
 
-    It waits after each evaluation, off its own clock of training. Use it in a `with`
-    statement: what is not done at its end is killed.
+    It waits before its start and after each evaluation, off its own clock of training.
+    Use it in a `with` statement: what is not done at its end is killed.
 
     Args:
       arguments: of `convnet.main`, which evaluate after every epoch.
@@ -28,14 +28,14 @@ class Run:
 
     def __init__(self, arguments: Sequence[str], environment: dict[str, str]) -> None:
         self._log = tempfile.TemporaryFile("w+")
+        paths = [str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.turns", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            cwd=PROJECT,
-            env={**os.environ, **environment},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment},
         )
 
     def go_on(self) -> bool:
@@ -53,10 +53,16 @@ class Run:
             return True
         code = self._process.wait()
         if code:
-            self._log.seek(0)
-            words = self._log.read().strip().splitlines()[-1:] or ["no message"]
-            raise ConvnetError(f"our run ended with {code}: {words[0]}")
+            raise ConvnetError(f"our run ended with {code}: {self._last_words()}")
         return False
+
+    def _last_words(self) -> str:
+        """The error, which may have several lines; else the last line."""
+        self._log.seek(0)
+        printed = "\n" + self._log.read().strip()
+        start = printed.rfind("\nerror: ")
+        start = printed.rfind("\n") if start < 0 else start
+        return printed[start + 1 :] or "no message"
 
     def __enter__(self) -> "Run":
         return self
@@ -79,11 +85,16 @@ def main() -> None:
         log(self, step, values)
         if any(name.startswith("test/") for name in values):
             print(_TURN, flush=True)
-            sys.stdin.readline()
+            _await_turn()
 
     Workdir.log = wait
-    sys.stdin.readline()
+    _await_turn()
     runpy.run_module("convnet.main", run_name="__main__")
+
+
+def _await_turn() -> None:
+    if not sys.stdin.readline():
+        raise SystemExit("error: the benchmark has ended")
 
 
 if __name__ == "__main__":

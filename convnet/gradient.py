@@ -46,7 +46,7 @@ def of_batch(
     Args:
       recipe: its `accumulate` is how many microbatches a step has, its `shards` how
         many virtual shards each of them has, 0 for none.
-      params: those that train, and the rest.
+      params: those whose gradients are wanted, and the rest.
       batch_stats: before the step.
       batch: `input` (b, ...) as the network takes it, `target` (b, ...), `weight` (b,).
       dropout: the key of the step.

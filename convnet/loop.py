@@ -149,6 +149,7 @@ class Loop:
         recipe = it.recipe_of(self._done)
         key = steps, id(recipe)
         if key not in self._compiled:
+            jax.block_until_ready(it.state)  # Steps under way belong on the clock.
             start = time.perf_counter()
             self._compiled[key] = it.compile(
                 step_lib.train_step if steps == 1 else step_lib.train_steps,

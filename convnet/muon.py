@@ -14,7 +14,6 @@ import optax
 # Newton-Schulz coefficients of Jordan 2024: the steepest slope at zero, at the price of
 # singular values that end anywhere from 0.68 to 1.21 rather than at 1.
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_WHITEN = "whiten"  # the name of a whitening layer
 # Matrices are padded to a common shape where the stack then has at most so many times
 # the numbers: few large products keep an accelerator busy, a CPU had only more to do.
 _PADDED = {"cpu": 1.0}
@@ -83,7 +82,7 @@ def settled(
     optimizer: Any, total_steps: int, paths: Iterable[str]
 ) -> tuple[int, frozenset[str]]:
     """See `optim.settled`."""
-    found = frozenset(path for path in paths if _WHITEN in path.split("/"))
+    found = frozenset(path for path in paths if _label(path, 1) == "whitening")
     step = math.ceil(_until(optimizer, total_steps))
     return (step, found) if found and step < total_steps else (0, frozenset())
 
@@ -151,14 +150,18 @@ def stacks(
 
 def _labels(params: Any) -> Any:
     def label(path: tuple, leaf: jax.Array) -> str:
-        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
-        if names[0] == "head":
-            return "head"
-        if _WHITEN in names:
-            return "whitening"
-        return "kernel" if leaf.ndim > 1 else "vector"
+        return _label(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.ndim)
 
     return jax.tree.map_with_path(label, params)
+
+
+def _label(path: str, ndim: int) -> str:
+    names = path.split("/")
+    if names[0] == "head":
+        return "head"
+    if "whiten" in names:
+        return "whitening"
+    return "kernel" if ndim > 1 else "vector"
 
 
 def _orthogonal(normalize: bool, steps: int) -> optax.GradientTransformation:

@@ -93,7 +93,8 @@ def settled(
     """Returns the step from which on some parameters no longer move, and which.
 
     Their rate is 0 then, so that nobody needs their gradients: those of a first layer
-    are dear. (0, none) where all move to the end.
+    are dear. They no longer count in the norm that `clip_norm` clips. (0, none) where
+    all move to the end.
 
     Args:
         optimizer: the section of the config.

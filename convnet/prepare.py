@@ -41,9 +41,8 @@ class Program:
 class Run:
     """Everything that a run needs, made by `prepare`.
 
-    `later` has the recipes that take the place of `recipe`, by the step from which on
-    they hold, in this order. With `cached` the splits hold features in place of inputs
-    (`convnet.features`).
+    `later` has the recipes that replace `recipe`, by their first step, ascending. With
+    `cached` the splits hold features in place of inputs (`convnet.features`).
     """
 
     config: ml_collections.ConfigDict
@@ -230,13 +229,13 @@ def _recipes(
         recipe = make(optimizer=staged(stages, 0), frozen=plan.frozen)
         thawed = make(optimizer=staged(stages, 1))
     params = [leaf.path for leaf in plan.leaves if leaf.collection == "params"]
-    settles, paths = optim.settled(config.optimizer, total_steps, params)
+    settle_step, paths = optim.settled(config.optimizer, total_steps, params)
     later = {}
-    for start in sorted({plan.thaw_step, settles} - {0}):
+    for start in sorted({plan.thaw_step, settle_step} - {0}):
         now = thawed if thawed and start >= plan.thaw_step else recipe
-        still = paths - now.frozen.params if start >= settles else frozenset()
-        if still or start == plan.thaw_step:
-            later[start] = dataclasses.replace(now, settled=Frozen(still))
+        settled = paths - now.frozen.params if start >= settle_step else frozenset()
+        if settled or start == plan.thaw_step:
+            later[start] = dataclasses.replace(now, settled=Frozen(settled))
     return recipe, later, rate
 
 

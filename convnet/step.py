@@ -195,7 +195,8 @@ def train_step(
 
     Returns:
       The next state, and scalars: `count` (the sum of weights), sums of the task's
-      metrics over the batch, `objective` (the minimised loss) and `grad_norm`.
+      metrics over the batch, `objective` (the minimised loss) and `grad_norm` (of what
+      is neither frozen nor settled).
     """
     batch = network_batch(state.step, data, batch, recipe=recipe)
     trained, rest = recipe.frozen.split(state.params)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from benchmarks.peer import Peer, PeerError
 from benchmarks.peers import memory
 from benchmarks.table import Row, Table
 from convnet import cli
+from convnet import config as config_lib
 from convnet.errors import ConvnetError, UsageError
 from convnet.workdir import Workdir
 
@@ -243,6 +245,73 @@ def test_a_run_of_ours_that_fails_says_why(experiment):
     with turns.Run([f"--config={experiment}", "--config.nonsense=1"], {}) as run:
         with pytest.raises(ConvnetError, match="our run ended with 2: .*nonsense"):
             run.go_on()
+
+
+def test_a_kept_run_of_another_config_is_not_taken_for_this_one(tmp_path, experiment):
+    """The error has a line for each key that differs."""
+    written = Workdir(tmp_path)
+    kept = cli.parse(["", f"--config={experiment}"], cli.define_config, "").config
+    kept.train.epochs = 3.0
+    written.write_json("config.json", config_lib.to_dict(kept))
+    flags = [f"--config={experiment}", f"--workdir={tmp_path}"]
+    with turns.Run(flags, {"JAX_PLATFORMS": "cpu"}) as run:
+        with pytest.raises(ConvnetError, match="(?s)another config.*train.epochs: 3.0"):
+            run.go_on()
+
+
+class FakePeer:
+    """A peer of two epochs that notes when it is called."""
+
+    def __init__(self, calls):
+        self._calls = calls
+
+    def __call__(self, command, **arguments):
+        self._calls.append(command)
+        return {
+            "begin": {"seconds": 1.0, "parameters": 5, "epochs": 2},
+            "epoch": {"seconds": 2.0, "accuracy": 0.5},
+            "evaluate": 0.75,
+        }[command]
+
+
+@pytest.mark.parametrize(
+    ("turns_of_ours", "order"),
+    [
+        (2, "begin ours epoch ours epoch ours evaluate"),
+        (0, "begin ours epoch epoch evaluate"),  # It was there already.
+        (3, "begin ours epoch ours epoch ours ours evaluate"),
+    ],
+)
+def test_sides_take_turns_by_epochs(monkeypatch, tmp_path, turns_of_ours, order):
+    calls = []
+
+    class Stub:
+        def __init__(self, arguments, environment):
+            self._left = turns_of_ours
+
+        def go_on(self):
+            calls.append("ours")
+            self._left -= 1
+            return self._left >= 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr(time_to_accuracy, "Run", Stub)
+    written = Workdir(tmp_path)
+    written.write_json("config.json", {"data": {"batch_size": 10}})
+    result = {"test/accuracy": 0.9, "compile/seconds": 7.0, "params/count": 5}
+    written.write_json("result.json", result)
+    config = config_lib.default()
+    values = types.SimpleNamespace(device="cpu", peer_compiled=None)
+    peer = FakePeer(calls)
+    ours, other = time_to_accuracy.train([], tmp_path, 0, peer, config, values)
+    assert " ".join(calls) == order
+    assert ours.points == ((0.0, 90.0),)
+    assert other.points == ((2.0, 50.0), (4.0, 50.0), (4.0, 75.0))
 
 
 def test_means_need_every_run(capsys):

@@ -37,6 +37,7 @@ from convnet.freezing import Frozen
 from convnet.models import lowering
 from convnet.step import Recipe
 from convnet.task import Classification
+from convnet.transfer_table import Leaf
 
 EXAMPLES, BATCH, SHAPE, STEPS = 40, 8, (8, 8, 3), 8
 OPTIONS = {"widths": [4, 6], "depth": 1, "norm": "batch", "dropout": 0.2}
@@ -470,6 +471,50 @@ def test_no_program_of_several_steps_reaches_over_the_thaw(folder, start, sizes)
     it = prepare.prepare(config_of(folder, **THAW | changes))
     made = loop.Loop(it, start, None, None)
     assert [steps for steps, _ in made._dispatches(made._it.total_steps)] == sizes
+
+
+WHITE = "base/whiten/bias"
+
+
+@pytest.mark.parametrize(
+    ("thaw", "frozen", "settle", "stages"),
+    [
+        # (first step, whether the bias is frozen, whether it is settled)
+        (0, True, 4, []),
+        (0, False, 4, [(4, False, True)]),
+        (4, True, 2, [(4, False, True)]),
+        (2, True, 4, [(2, False, False), (4, False, True)]),
+        (4, False, 2, [(2, False, True), (4, False, True)]),
+        (4, False, 4, [(4, False, True)]),
+        (4, True, 0, [(4, False, False)]),
+    ],
+)
+def test_what_is_frozen_and_what_is_settled_at_each_step(thaw, frozen, settle, stages):
+    """Of eight steps; a bias that is frozen settles only once it has thawed."""
+    config = config_lib.default()
+    config.optimizer.name = "muon"
+    config.optimizer.whiten_until = settle / 8 if settle else 1.0
+    paths = ["base/kernel", WHITE]
+    leaves = tuple(Leaf("params", path, 4, True, True, 1.0) for path in paths)
+    still = Frozen(frozenset(paths if frozen else paths[:1]))
+    plan = transfer.Plan("a model", leaves, {}, still, thaw)
+    make = functools.partial(
+        Recipe,
+        *(None, None),
+        mean=(0.0,),
+        std=(1.0,),
+        augment=config.augment,
+        seed=0,
+        accumulate=1,
+        ema=0.0,
+    )
+    first, later, _ = prepare._recipes(make, config, plan, 8, config.schedule)
+    assert first.frozen == still and not first.settled.params
+    found = [
+        (start, WHITE in recipe.frozen.params, WHITE in recipe.settled.params)
+        for start, recipe in later.items()
+    ]
+    assert found == stages
 
 
 def test_a_thaw_after_the_end_is_none(folder):

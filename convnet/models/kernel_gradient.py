@@ -39,9 +39,11 @@ def products(
     """
     kh, kw, c, features = kernel.shape
     # Each place of the kernel moves `x` against the gradient. Moving both, `x` by
-    # columns and the gradient by rows, copies less, unless the features are many.
-    both = stride == (1, 1) and kh * kw * c >= kw * c + kh * features
-    width = kw * c + kh * features if both else kh * kw * c + features
+    # columns and the gradient by rows, copies less, unless the features are many; its
+    # products are nearer to squares, which is worth a quarter more copies.
+    width, of_both = kh * kw * c + features, kw * c + kh * features
+    both = stride == (1, 1) and kh > 1 and of_both <= 1.25 * width
+    width = of_both if both else width
     size = gradient.shape[1] * gradient.shape[2] * width * x.dtype.itemsize
     # A kernel of one place moves nothing: the arrays are factors as they lie.
     still = (kh, kw) == stride == (1, 1) and not any(map(any, pads))
@@ -109,6 +111,10 @@ def _moved_by_both(
     over, none = (kh - 1 - pads[0][0], kh - 1 - pads[0][1], 0), (0, 0, 0)
     zero = jnp.zeros((), gradient.dtype)
     gradient = lax.pad(gradient, zero, [none, over, none, none])
-    left = [x[:, :, j : j + columns] for j in range(kw)]
-    right = [gradient[:, i : i + h] for i in reversed(range(kh))]
-    return jnp.concatenate(left, -1), jnp.concatenate(right, -1)
+    # Held and stacked, the copies are loops without branches: at the borders of the
+    # map, and between the parts that lie side by side.
+    x, gradient = lax.optimization_barrier((x, gradient))
+    left = jnp.stack([x[:, :, j : j + columns] for j in range(kw)], 3)
+    right = jnp.stack([gradient[:, i : i + h] for i in reversed(range(kh))], 3)
+    left, right = (a.reshape(*a.shape[:3], -1) for a in (left, right))
+    return left, right
