@@ -48,8 +48,10 @@ CASES = [
     ((9, 1, 1), (2, 3), (3, 3), (1, 1), ((1, 1), (1, 1))),
     ((3, 2, 5), (5, 2), (5, 5), (1, 1), ((2, 2), (2, 2))),
     ((3, 2, 2), (2, 2), (3, 3), (2, 2), ((1, 1), (1, 2))),
+    # Places of the output that no place of the map reaches.
+    ((4, 1, 2), (2, 3), (3, 3), (1, 1), ((3, 1), (1, 1))),
 ]
-IN_BFLOAT16 = [CASES[i] for i in (1, 3, 9, 11, 15, 16)]
+IN_BFLOAT16 = [CASES[i] for i in (1, 3, 9, 11, 15, 16, 18)]
 
 
 @pytest.fixture
@@ -278,15 +280,19 @@ def test_on_a_gpu_a_gradient_is_computed_before_its_convolutions(monkeypatch):
     assert [v.aval.shape for e in held for v in e.outvars] == [gradient.shape]
 
 
-def test_no_small_map_meets_a_larger_kernel(forms):
+@pytest.mark.parametrize(
+    ("sides", "filled"), [((2, 1), None), ((2, 2), None), ((2, 3), (3, 3))]
+)
+def test_no_small_map_meets_a_larger_kernel(forms, sides, filled):
     """oneDNN would take its reference code, 50 times slower."""
-    x = jax.ShapeDtypeStruct((4, 2, 1, 2), jnp.float32)
+    x = jax.ShapeDtypeStruct((4, *sides, 2), jnp.float32)
     kernel = jax.ShapeDtypeStruct((3, 3, 2, 5), jnp.float32)
     window = (1, 1), ((1, 1), (1, 1))
     program = jax.make_jaxpr(lambda x, k: lowering.convolve2d(x, k, *window))(x, kernel)
-    (found,) = convolutions(program.jaxpr)
-    assert found.invars[0].aval.shape == (4, 3, 3, 2)
-    assert program.out_avals[0].shape == (4, 2, 1, 5)
+    found = [one.invars[0].aval.shape for one in convolutions(program.jaxpr)]
+    # Without a convolution it is a product with a matrix.
+    assert found == ([(4, *filled, 2)] if filled else [])
+    assert program.out_avals[0].shape == (4, *sides, 5)
 
 
 # What is compiled.

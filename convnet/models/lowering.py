@@ -7,10 +7,12 @@ compare them. `plain()` switches them all off.
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from convnet.models import kernel_gradient
@@ -74,19 +76,84 @@ def _smaller(
 ) -> jax.Array:
     """`convolve2d`, for maps that are smaller than the kernel.
 
-    For those oneDNN has only its reference code, 50 times slower: they get zeros at
-    their ends, and what the zeros add to the output is cut off.
+    For those oneDNN has only its reference code, 50 times slower. A map of few places
+    is a vector, and its convolution a matrix product: a map of 2x2 under a kernel of
+    3x3 has 16 pairs of an input and an output. Others get zeros at their ends, and what
+    the zeros add to the output is cut off: for 2x2 that would be 81 pairs.
     """
+    sides, window = x.shape[1:3], kernel.shape[:2]
     shape = [
         (n + sum(pad) - k) // s + 1
-        for n, pad, k, s in zip(x.shape[1:], pads, kernel.shape, stride, strict=False)
+        for n, pad, k, s in zip(sides, pads, window, stride, strict=True)
     ]
+    # The matrix is at most twice as large as the kernel.
+    if math.prod(sides) * math.prod(shape) <= 2 * math.prod(window):
+        matrix = _matrix(kernel, _meetings(sides, shape, window, stride, pads))
+        return (x.reshape(len(x), -1) @ matrix).reshape(len(x), *shape, -1)
     # The barriers keep XLA from folding the zeros into the convolution's own padding,
     # here and, transposed, in the gradient.
     hold = lax.optimization_barrier
     x = hold(jnp.pad(x, [(0, 0), *((0, m) for m in missing), (0, 0)]))
     y = hold(convolve2d(x, kernel, stride, pads))
     return y[:, : shape[0], : shape[1]]
+
+
+def _meetings(
+    sides: Sequence[int],
+    shape: Sequence[int],
+    window: Sequence[int],
+    stride: Sequence[int],
+    pads: Pads,
+) -> tuple[tuple[int, ...], ...]:
+    """For each place of the input, and of the output: the kernel's place, -1 for none.
+
+    Places are counted row by row.
+    """
+
+    def meet(here: tuple[int, ...], there: tuple[int, ...]) -> int:
+        i, j = (
+            n - m * s + low
+            for n, m, s, (low, _) in zip(here, there, stride, pads, strict=True)
+        )
+        inside = 0 <= i < window[0] and 0 <= j < window[1]
+        return i * window[1] + j if inside else -1
+
+    return tuple(
+        tuple(meet(here, there) for there in np.ndindex(*shape))
+        for here in np.ndindex(*sides)
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _matrix(kernel: jax.Array, meetings: tuple[tuple[int, ...], ...]) -> jax.Array:
+    """The matrix (h * w * c, rows * columns * features) of a convolution of a map."""
+    # The last one, of no place, is zero.
+    places = jnp.pad(kernel.reshape(-1, *kernel.shape[2:]), [(0, 1), (0, 0), (0, 0)])
+    rows = [jnp.concatenate([places[i] for i in row], -1) for row in meetings]
+    return jnp.concatenate(rows)
+
+
+def _matrix_forward(
+    kernel: jax.Array, meetings: tuple[tuple[int, ...], ...]
+) -> tuple[jax.Array, jax.Array]:
+    return _matrix(kernel, meetings), kernel
+
+
+def _matrix_backward(
+    meetings: tuple[tuple[int, ...], ...], kernel: jax.Array, gradient: jax.Array
+) -> tuple[jax.Array]:
+    kh, kw, c, features = kernel.shape
+    gradient = gradient.reshape(len(meetings), c, -1, features).astype(jnp.float32)
+    # Sums of slices. By itself JAX would add up whole kernels, zeros but for a place.
+    places = [jnp.zeros((c, features), jnp.float32)] * (kh * kw)
+    for here, row in enumerate(meetings):
+        for there, place in enumerate(row):
+            if place >= 0:
+                places[place] += gradient[here, :, there]
+    return (jnp.stack(places).reshape(kernel.shape).astype(kernel.dtype),)
+
+
+_matrix.defvjp(_matrix_forward, _matrix_backward)
 
 
 def _plain(
