@@ -8,11 +8,10 @@ recipe, written in PyTorch, on the same decoded images. Both are evaluated after
 epoch, and in the end once more by the experiment's test-time augmentation (for which
 the last epoch counts). Seconds are those of training alone, and once more with
 compilation (and initialisation) added; evaluation never counts. The two sides take
-turns, epoch by epoch, so that a slow hour of the machine is one for both (but where
+turns, epoch by epoch, so that a slow hour of the machine is one for both (except where
 --workdir holds a run of ours); rows of one seed come as soon as it is done, means over
-the seeds last. Of both sides the first run
-compiles everything; later ones find what can be kept (on a GPU all of it), so that the
-rows of seed 0 are those of a first run.
+the seeds last. Of both sides the first run compiles everything; later ones find what
+can be kept (on a GPU all of it), so that the rows of seed 0 are those of a first run.
 
 The targets 92, 93 and 94 % are for the original images. On a copy of CIFAR-10 stored as
 JPEG they are out of reach; a target that no evaluation reached has no number.

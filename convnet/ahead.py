@@ -79,8 +79,8 @@ class Ahead:
 def _split(jaxpr: Any, given: Sequence) -> tuple[list, list]:
     """Returns the equations that follow from `given`, and what the others read of it.
 
-    An equation that only makes its operand larger (a bias on a map) stays with those
-    that read it: its result would take memory, and time to read.
+    An equation that makes its operand more than twice as large (a bias on a map) stays
+    with those that read it: its result would take memory, and time to read.
     """
     known, before = set(given), []
     for equation in jaxpr.eqns:
@@ -119,7 +119,7 @@ def _grows(equation: Any) -> bool:
     def size(variables: Sequence) -> int:
         return sum(math.prod(var.aval.shape) for var in variables)
 
-    return size(equation.outvars) > size(_operands(equation))
+    return size(equation.outvars) > 2 * size(_operands(equation))
 
 
 def _names(equations: Sequence, names: dict) -> dict:
@@ -129,7 +129,10 @@ def _names(equations: Sequence, names: dict) -> dict:
         operands = tuple(
             str(v) if isinstance(v, Literal) else names[v] for v in equation.invars
         )
-        computed = hash((equation.primitive.name, str(equation.params), operands))
+        # Of a function with a gradient of its own, the other params are about that, and
+        # new in each trace.
+        params = equation.params.get("call_jaxpr", equation.params)
+        computed = hash((equation.primitive.name, str(params), operands))
         for i, var in enumerate(equation.outvars):
             names[var] = (computed, i)
     return names

@@ -82,7 +82,7 @@ def of_batch(
 
     of_part = _by_shards(recipe, of_rows) if recipe.shards else of_rows
     grads, metrics = None, None
-    # Unrolled: XLA's loops are many times slower on a CPU.
+    # Unrolled: on a CPU with JAX 0.10 loops are many times slower.
     for part in range(recipe.accumulate):
         # Interleaved, so that each device works on its own share of every microbatch.
         rows = {
@@ -123,7 +123,9 @@ def _by_shards(recipe: "Recipe", of_rows: Callable[..., Found]) -> Callable[...,
 
         shards = jax.tree.map(lambda x: x.reshape(here, -1, *x.shape[1:]), rows)
         numbers = first + jnp.arange(here)
-        if recipe.mesh.devices.flat[0].platform == "cpu":  # where loops are slow
+        # A CPU device may have one shard alone, and a loop of one round would be
+        # compiled like none, to other bits than one of eight.
+        if recipe.mesh.devices.flat[0].platform == "cpu":
             found = [of_shard(*_row((numbers, shards), i)) for i in range(here)]
         else:
             stacked = jax.lax.map(lambda x: of_shard(*x), (numbers, shards))

@@ -26,7 +26,7 @@ from convnet.workdir import Workdir
 _STEPS_AHEAD = {"cpu": 2}
 _STEPS_AHEAD_ELSEWHERE = 32
 # On an accelerator as many steps go into one program as the loop may leave alone. On a
-# CPU a compiled loop around a step is many times slower than the step.
+# CPU a loop around a step gains little, and is many times slower on JAX 0.10.
 _MOST_STEPS_TOGETHER = 100
 
 

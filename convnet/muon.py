@@ -82,7 +82,7 @@ def settled(
     optimizer: Any, total_steps: int, paths: Iterable[str]
 ) -> tuple[int, frozenset[str]]:
     """See `optim.settled`."""
-    found = frozenset(path for path in paths if _label(path, 1) == "whitening")
+    found = frozenset(path for path in paths if _whitens(path.split("/")))
     step = math.ceil(_until(optimizer, total_steps))
     return (step, found) if found and step < total_steps else (0, frozenset())
 
@@ -110,7 +110,7 @@ def orthogonalize(matrices: jax.Array, steps: int) -> jax.Array:
     x /= jax.lax.optimization_barrier(norms) + 1e-7
     # On accelerators in bfloat16, as its authors do.
     x = x if jax.default_backend() == "cpu" else x.astype(jnp.bfloat16)
-    # Unrolled: on a CPU a compiled loop around matrix products is many times slower.
+    # Unrolled: they are few, and compiled loops are slow on a CPU with JAX 0.10.
     for _ in range(steps):
         gram = x @ jnp.swapaxes(x, -1, -2)
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -150,18 +150,19 @@ def stacks(
 
 def _labels(params: Any) -> Any:
     def label(path: tuple, leaf: jax.Array) -> str:
-        return _label(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.ndim)
+        names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        if names[0] == "head":
+            return "head"
+        if _whitens(names):
+            return "whitening"
+        return "kernel" if leaf.ndim > 1 else "vector"
 
     return jax.tree.map_with_path(label, params)
 
 
-def _label(path: str, ndim: int) -> str:
-    names = path.split("/")
-    if names[0] == "head":
-        return "head"
-    if "whiten" in names:
-        return "whitening"
-    return "kernel" if ndim > 1 else "vector"
+def _whitens(names: Sequence[str]) -> bool:
+    """Whether a parameter, by the parts of its path, is a whitening layer's."""
+    return names[0] != "head" and "whiten" in names
 
 
 def _orthogonal(normalize: bool, steps: int) -> optax.GradientTransformation:

@@ -7,6 +7,7 @@ import pytest
 
 from convnet import models
 from convnet.ahead import Ahead
+from convnet.models import lowering
 
 
 @pytest.fixture
@@ -83,3 +84,19 @@ def test_a_network_with_batch_norm(dtype, rng):
         kept.dtype for kept in run._ready.values() if kept.ndim == 4 and len(kept) > 1
     }
     assert kernels == {jnp.dtype(dtype)} and kinds <= {jnp.dtype("float32")} | kernels
+
+
+def test_the_matrix_of_a_small_map_is_made_once_for_all_shapes(rng, monkeypatch):
+    """It is larger than the kernel, and comes from a function with its own gradient."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    kernel = rng.normal(size=(3, 3, 4, 5)).astype(np.float32)
+    run = Ahead(
+        lambda w, x: lowering.convolve2d(x, w, (1, 1), ((1, 1), (1, 1))), kernel
+    )
+    for batch in (3, 2):
+        x = rng.normal(size=(batch, 2, 2, 4)).astype(np.float32)
+        with lowering.plain():
+            want = lowering.convolve2d(x, kernel, (1, 1), ((1, 1), (1, 1)))
+        np.testing.assert_allclose(run(x), want, rtol=1e-4, atol=1e-5)
+    assert [one.shape for one in run._ready.values()] == [(2 * 2 * 4, 2 * 2 * 5)]

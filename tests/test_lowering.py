@@ -1,5 +1,6 @@
 """Convolution's forms for a CPU, against SciPy and NumPy in float64 and XLA's own."""
 
+import contextlib
 import functools
 import re
 
@@ -42,7 +43,7 @@ CASES = [
     ((9, 6, 7), (4, 2), (2, 2), (1, 1), ((0, 0), (0, 0))),
     ((9, 5, 5), (2, 2), (1, 1), (1, 2), ((1, 1), (0, 0))),
     # Many more features than channels: only what is convolved is moved.
-    ((9, 7, 6), (5, 12), (3, 2), (1, 1), ((1, 0), (2, 1))),
+    ((9, 7, 6), (5, 20), (3, 2), (1, 1), ((1, 0), (2, 1))),
     # Maps that are smaller than the kernel, in one axis or in both.
     ((3, 2, 2), (5, 3), (3, 3), (1, 1), ((1, 1), (1, 1))),
     ((9, 1, 1), (2, 3), (3, 3), (1, 1), ((1, 1), (1, 1))),
@@ -50,6 +51,9 @@ CASES = [
     ((3, 2, 2), (2, 2), (3, 3), (2, 2), ((1, 1), (1, 2))),
     # Places of the output that no place of the map reaches.
     ((4, 1, 2), (2, 3), (3, 3), (1, 1), ((3, 1), (1, 1))),
+    # Too many places for a matrix, in both axes and with a stride.
+    ((3, 4, 4), (2, 3), (5, 5), (1, 1), ((2, 2), (2, 2))),
+    ((3, 2, 5), (2, 3), (3, 3), (2, 2), ((1, 1), (1, 1))),
 ]
 IN_BFLOAT16 = [CASES[i] for i in (1, 3, 9, 11, 15, 16, 18)]
 
@@ -195,14 +199,20 @@ def gradients(batch, dtype="float32", side=16, channels=64, features=64):
     return jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, kernel).jaxpr
 
 
-@pytest.mark.parametrize("features", [64, 256])
+# Of 64 channels; with nearly five times as many features both factors are still moved.
+@pytest.mark.parametrize(
+    ("features", "widths"), [(64, (192, 192)), (256, (192, 768)), (512, (576, 512))]
+)
 @pytest.mark.parametrize("batch", [128, 500, 2000])
-def test_what_a_kernels_gradient_lays_out_is_bounded(batch, features, monkeypatch):
+def test_what_a_kernels_gradient_lays_out_is_bounded(
+    batch, features, widths, monkeypatch
+):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
     (product,) = products(gradients(batch, "bfloat16", features=features))
     left, right = (operand.aval for operand in product.invars)
     assert left.dtype == right.dtype == jnp.bfloat16
+    assert (left.shape[-1], right.shape[-1]) == widths
     number, places, _ = left.shape
     # Several products: one sums over too many places to be fast.
     assert number > 1 and 1024 <= places <= 4096
@@ -293,6 +303,19 @@ def test_no_small_map_meets_a_larger_kernel(forms, sides, filled):
     # Without a convolution it is a product with a matrix.
     assert found == ([(4, *filled, 2)] if filled else [])
     assert program.out_avals[0].shape == (4, *sides, 5)
+
+
+@pytest.mark.parametrize("side", [1, 2])
+def test_a_map_that_is_smaller_than_an_unpadded_kernel_has_no_output(forms, side):
+    x, kernel = jnp.ones((4, side, side, 2)), jnp.ones((3, 3, 2, 5))
+    shapes = set()
+    for form in (contextlib.nullcontext, lowering.plain):
+        with form():
+            no_pads = functools.partial(
+                lowering.convolve2d, stride=(1, 1), pads=((0, 0), (0, 0))
+            )
+            shapes.add(jax.eval_shape(no_pads, x, kernel).shape)
+    assert shapes == {(4, 0, 0, 5)}
 
 
 # What is compiled.

@@ -1,7 +1,7 @@
 """A model file's network as the methods need it: logits, taps, gradients, in batches.
 
-Every function is compiled for one size of batch and called as often as it takes: on a
-CPU a loop inside a compiled program would be many times slower.
+Every function is compiled for one size of batch and called as often as it takes: with
+JAX 0.10 a loop inside a compiled program would be many times slower on a CPU.
 """
 
 import copy

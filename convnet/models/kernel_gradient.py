@@ -42,7 +42,7 @@ def products(
     # columns and the gradient by rows, copies less, unless the features are many; its
     # products are nearer to squares, which is worth a quarter more copies.
     width, of_both = kh * kw * c + features, kw * c + kh * features
-    both = stride == (1, 1) and kh > 1 and of_both <= 1.25 * width
+    both = stride == (1, 1) and min(kh, kw) > 1 and of_both <= 1.25 * width
     width = of_both if both else width
     size = gradient.shape[1] * gradient.shape[2] * width * x.dtype.itemsize
     # A kernel of one place moves nothing: the arrays are factors as they lie.

@@ -87,9 +87,11 @@ def _smaller(
         for n, pad, k, s in zip(sides, pads, window, stride, strict=True)
     ]
     # The matrix is at most twice as large as the kernel.
-    if math.prod(sides) * math.prod(shape) <= 2 * math.prod(window):
+    pairs = math.prod(sides) * math.prod(shape)
+    if min(shape) > 0 and pairs <= 2 * math.prod(window):
         matrix = _matrix(kernel, _meetings(sides, shape, window, stride, pads))
-        return (x.reshape(len(x), -1) @ matrix).reshape(len(x), *shape, -1)
+        y = x.reshape(len(x), matrix.shape[0]) @ matrix
+        return y.reshape(len(x), *shape, kernel.shape[-1])
     # The barriers keep XLA from folding the zeros into the convolution's own padding,
     # here and, transposed, in the gradient.
     hold = lax.optimization_barrier

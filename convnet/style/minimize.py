@@ -1,8 +1,8 @@
 """Minimisers over pictures: values stay within 0 and 1.
 
 Python drives, and one compiled function does an evaluation. A line search inside a
-compiled program would put the convolutions into a `while` loop, in which XLA runs them
-many times slower on a CPU.
+compiled program would put the convolutions into a `while` loop, in which JAX 0.10 runs
+them many times slower on a CPU.
 """
 
 import dataclasses
