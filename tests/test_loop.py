@@ -245,3 +245,23 @@ def test_how_many_go_together(backend, data, asked, examples, want, monkeypatch)
     )
     made = loop.Loop(it, 0, None, None)
     assert made._steps_together(SimpleNamespace(data=data)) == want
+
+
+def test_what_is_under_way_is_waited_for_before_a_program_is_compiled(monkeypatch):
+    """Its seconds are those of training, the compiler's are not."""
+    calls = []
+    monkeypatch.setattr(jax, "block_until_ready", calls.append)
+    it = SimpleNamespace(
+        config=None,
+        train_seconds=0.0,
+        state="the state",
+        recipe_of=lambda step: "a recipe",
+        split=lambda name: SimpleNamespace(data={}),
+        out_shardings=lambda: None,
+        compile=lambda *args, **options: calls.append("compiled"),
+    )
+    made = loop.Loop(it, 0, None, None)
+    made._clock = 0.0
+    made._train(1, {})
+    made._train(1, {})
+    assert calls == ["the state", "compiled"]
