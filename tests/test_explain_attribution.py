@@ -206,7 +206,7 @@ def test_random_weights_change_the_maps(shipped):
     layer = layers.last(layers.maps(network.shapes, 2))
     # Guided back-propagation is the one that Adebayo et al. found wanting.
     for method in METHODS[:-1]:
-        count = 2 if method == "integrated_gradients" else 8  # 300 gradients each
+        count = 2 if method == "integrated_gradients" else 4  # 300 gradients each
         ours, theirs = (
             Study(net, answers, x[:count], layer).run(method, targets[:count]).heat
             for net in (network, other)
