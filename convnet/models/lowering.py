@@ -53,11 +53,18 @@ def convolve2d(
     stride, pads = tuple(stride), tuple(tuple(pair) for pair in pads)
     if on("gpu"):
         return _hold_gradient(_plain(x, kernel, stride, pads))
-    # From JAX 0.12 on convolutions on a CPU are oneDNN's.
-    if not on("cpu") or jax.__version_info__ < (0, 12):
+    if not on("cpu"):
         return _plain(x, kernel, stride, pads)
     sizes, window = x.shape[1:3], kernel.shape[:2]
     missing = [max(k - n, 0) for n, k in zip(sizes, window, strict=True)]
+    shape = _shape(x, kernel, stride, pads)
+    # The matrix is at most twice as large as the kernel.
+    few = math.prod(sizes) * math.prod(shape) <= 2 * math.prod(window)
+    if any(missing) and few and min(shape) > 0:
+        return _product(x, kernel, stride, pads)
+    # From JAX 0.12 on convolutions on a CPU are oneDNN's.
+    if jax.__version_info__ < (0, 12):
+        return _plain(x, kernel, stride, pads)
     if any(missing):
         return _smaller(x, kernel, stride, pads, missing)
     if stride == (1, 1):
@@ -76,28 +83,41 @@ def _smaller(
 ) -> jax.Array:
     """`convolve2d`, for maps that are smaller than the kernel.
 
-    For those oneDNN has only its reference code, 50 times slower. A map of few places
-    is a vector, and its convolution a matrix product: a map of 2x2 under a kernel of
-    3x3 has 16 pairs of an input and an output. Others get zeros at their ends, and what
-    the zeros add to the output is cut off: for 2x2 that would be 81 pairs.
+    For those oneDNN has only its reference code, 50 times slower: they get zeros at
+    their ends, and what the zeros add to the output is cut off.
     """
-    sides, window = x.shape[1:3], kernel.shape[:2]
-    shape = [
-        (n + sum(pad) - k) // s + 1
-        for n, pad, k, s in zip(sides, pads, window, stride, strict=True)
-    ]
-    # The matrix is at most twice as large as the kernel.
-    pairs = math.prod(sides) * math.prod(shape)
-    if min(shape) > 0 and pairs <= 2 * math.prod(window):
-        matrix = _matrix(kernel, _meetings(sides, shape, window, stride, pads))
-        y = x.reshape(len(x), matrix.shape[0]) @ matrix
-        return y.reshape(len(x), *shape, kernel.shape[-1])
+    shape = _shape(x, kernel, stride, pads)
     # The barriers keep XLA from folding the zeros into the convolution's own padding,
     # here and, transposed, in the gradient.
     hold = lax.optimization_barrier
     x = hold(jnp.pad(x, [(0, 0), *((0, m) for m in missing), (0, 0)]))
     y = hold(convolve2d(x, kernel, stride, pads))
     return y[:, : shape[0], : shape[1]]
+
+
+def _shape(
+    x: jax.Array, kernel: jax.Array, stride: tuple[int, ...], pads: Pads
+) -> list[int]:
+    """The rows and columns of the output."""
+    return [
+        (n + sum(pad) - k) // s + 1
+        for n, pad, k, s in zip(x.shape[1:], pads, kernel.shape, stride, strict=False)
+    ]
+
+
+def _product(
+    x: jax.Array, kernel: jax.Array, stride: tuple[int, ...], pads: Pads
+) -> jax.Array:
+    """`convolve2d`, for maps of few places: vectors, for a product with a matrix.
+
+    A map of 2x2 under a kernel of 3x3 has 16 pairs of an input and an output; filled up
+    as in `_smaller` it has 81. Eigen, which JAX 0.10 calls, is slow there as well.
+    """
+    shape = _shape(x, kernel, stride, pads)
+    meetings = _meetings(x.shape[1:3], shape, kernel.shape[:2], stride, pads)
+    matrix = _matrix(kernel, meetings)
+    y = x.reshape(len(x), matrix.shape[0]) @ matrix
+    return y.reshape(len(x), *shape, kernel.shape[-1])
 
 
 def _meetings(
@@ -257,10 +277,7 @@ def _unstrided(
     """
     (sh, sw), (kh, kw) = stride, kernel.shape[:2]
     blocks = -(-kh // sh), -(-kw // sw)  # of the kernel
-    shape = [
-        (n + sum(pad) - k) // s + 1
-        for n, pad, k, s in zip(x.shape[1:], pads, kernel.shape, stride, strict=False)
-    ]
+    shape = _shape(x, kernel, stride, pads)
     config = [(0, 0, 0)]
     for n, (low, _), s, places, block in zip(
         x.shape[1:], pads, stride, shape, blocks, strict=False
