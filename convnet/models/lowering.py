@@ -61,12 +61,12 @@ def convolve2d(
     # The matrix is at most twice as large as the kernel.
     few = math.prod(sizes) * math.prod(shape) <= 2 * math.prod(window)
     if any(missing) and few and min(shape) > 0:
-        return _product(x, kernel, stride, pads)
+        return _product(x, kernel, stride, pads, shape)
     # From JAX 0.12 on convolutions on a CPU are oneDNN's.
     if jax.__version_info__ < (0, 12):
         return _plain(x, kernel, stride, pads)
     if any(missing):
-        return _smaller(x, kernel, stride, pads, missing)
+        return _smaller(x, kernel, stride, pads, missing, shape)
     if stride == (1, 1):
         return _own_gradient(x, kernel, pads)
     if window == (1, 1) and not any(map(any, pads)):
@@ -80,13 +80,13 @@ def _smaller(
     stride: tuple[int, ...],
     pads: Pads,
     missing: list[int],
+    shape: list[int],
 ) -> jax.Array:
     """`convolve2d`, for maps that are smaller than the kernel.
 
     For those oneDNN has only its reference code, 50 times slower: they get zeros at
     their ends, and what the zeros add to the output is cut off.
     """
-    shape = _shape(x, kernel, stride, pads)
     # The barriers keep XLA from folding the zeros into the convolution's own padding,
     # here and, transposed, in the gradient.
     hold = lax.optimization_barrier
@@ -106,14 +106,17 @@ def _shape(
 
 
 def _product(
-    x: jax.Array, kernel: jax.Array, stride: tuple[int, ...], pads: Pads
+    x: jax.Array,
+    kernel: jax.Array,
+    stride: tuple[int, ...],
+    pads: Pads,
+    shape: list[int],
 ) -> jax.Array:
     """`convolve2d`, for maps of few places: vectors, for a product with a matrix.
 
     A map of 2x2 under a kernel of 3x3 has 16 pairs of an input and an output; filled up
     as in `_smaller` it has 81. Eigen, which JAX 0.10 calls, is slow there as well.
     """
-    shape = _shape(x, kernel, stride, pads)
     meetings = _meetings(x.shape[1:3], shape, kernel.shape[:2], stride, pads)
     matrix = _matrix(kernel, meetings)
     y = x.reshape(len(x), matrix.shape[0]) @ matrix
