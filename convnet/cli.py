@@ -4,11 +4,13 @@ Exit status: 0 done; 1 the job failed; 2 usage; 3 done, but some inputs could no
 read; 130 or 143 interrupted.
 """
 
+import contextlib
 import logging
 import os
 import re
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -97,8 +99,18 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 def _unraisable(about: Any) -> None:
+    """Sees what was raised where Python drops it: in a destructor, in a callback."""
+    error = about.exc_value
+    if isinstance(error, KeyboardInterrupt | Interrupted):
+        # JAX has such a callback in each collection of garbage: what comes while one
+        # runs comes again after it.
+        signum = getattr(error, "signum", signal.SIGINT)
+        again = threading.Timer(0.01, os.kill, (os.getpid(), signum))
+        again.daemon = True
+        with contextlib.suppress(RuntimeError):  # No new threads: the program ends.
+            again.start()
     # TensorStore, after a failed write.
-    if "Event loop is closed" not in str(about.exc_value):
+    elif "Event loop is closed" not in str(error):
         sys.__unraisablehook__(about)
 
 

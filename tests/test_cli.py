@@ -1,9 +1,11 @@
 """Command lines: what is refused, how it is said, and with which exit status."""
 
+import gc
 import os
 import re
 import signal
 import sys
+import time
 
 import pytest
 from absl import flags, logging
@@ -366,6 +368,29 @@ def test_sigterm_ends_an_app_that_catches_every_exception(run):
 
     assert run(app) == (143, "interrupted by SIGTERM\n")
     assert reached == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_a_collection_of_garbage_ends_the_app(run, signum):
+    reached = []
+
+    def collected(phase, about):
+        if not reached:
+            reached.append("dropped")
+            os.kill(os.getpid(), signum)
+
+    def app(values):
+        gc.collect()
+        time.sleep(20)
+        reached.append("went on")
+
+    gc.callbacks.append(collected)
+    try:
+        status, said = run(app)
+    finally:
+        gc.callbacks.remove(collected)
+    assert (status, said) == (128 + signum, f"interrupted by {signum.name}\n")
+    assert reached == ["dropped"]
 
 
 @pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (3, 3), (1, 1)])
