@@ -13,7 +13,7 @@ from jax.extend import core
 from scipy import signal
 
 from convnet import mesh, models
-from convnet.models import kernel_gradient, lowering
+from convnet.models import kernel_gradient, lowering, parts
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 # As a run compiles it, but fast rather than well.
@@ -55,6 +55,15 @@ CASES = [
     ((3, 4, 4), (2, 3), (5, 5), (1, 1), ((2, 2), (2, 2))),
     ((3, 2, 5), (2, 3), (3, 3), (2, 2), ((1, 1), (1, 1))),
 ]
+# With enough places for tiles.
+TILED = [
+    ((16, 7, 6), (5, 3), (3, 3), (1, 1), ((1, 1), (1, 1))),
+    ((20, 6, 9), (3, 4), (3, 3), (1, 1), ((0, 0), (0, 0))),
+    ((16, 5, 7), (2, 6), (3, 3), (1, 1), ((0, 1), (2, 0))),
+    # The gradient by the input has negative pads.
+    ((30, 5, 4), (5, 2), (3, 3), (1, 1), ((3, 4), (0, 3))),
+    ((60, 2, 12), (3, 2), (3, 3), (1, 1), ((1, 1), (1, 1))),
+]
 IN_BFLOAT16 = [CASES[i] for i in (1, 3, 9, 11, 15, 16, 18)]
 
 
@@ -63,7 +72,7 @@ def forms(monkeypatch):
     """The forms for a CPU from JAX 0.12 on, with several parts and products in each."""
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
-    monkeypatch.setattr(kernel_gradient, "_PART", 12_000)
+    monkeypatch.setattr(parts, "_PART", 12_000)
     monkeypatch.setattr(kernel_gradient, "_PLACES", 64)
 
 
@@ -133,6 +142,19 @@ def with_gradients(function, case, x, kernel, gradient):
 )
 def test_values_and_gradients(case, dtype, forms):
     check(case, dtype)
+
+
+@pytest.mark.parametrize("version", [(0, 10, 2), (0, 12, 0)], ids=str)
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_values_and_gradients_by_tiles(case, version, forms, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.setattr(lowering, "_TILED", {"oneDNN": (1, 1), "Eigen": (1, 1)})
+    check(case, "float32")
+    (batch, *sides), channels, *_ = case
+    kernel = jax.ShapeDtypeStruct((3, 3, *channels), jnp.float32)
+    x = jax.ShapeDtypeStruct((batch, *sides, channels[0]), jnp.float32)
+    program = jax.make_jaxpr(lambda x, k: lowering.convolve2d(x, k, *case[3:]))
+    assert not convolutions(program(x, kernel).jaxpr)
 
 
 def check(case, dtype):
@@ -220,16 +242,16 @@ def test_what_a_kernels_gradient_lays_out_is_bounded(
 
 
 @pytest.mark.parametrize(
-    ("images", "wanted", "parts"),
+    ("images", "wanted", "number"),
     [(2000, 20.0, 100), (2000, 18.0, 100), (500, 0.2, 500), (12, 50.0, 1), (7, 3.0, 1)],
 )
-def test_parts_are_equal(images, wanted, parts):
-    assert kernel_gradient._parts(images, wanted) == parts
+def test_parts_are_equal(images, wanted, number):
+    assert parts.divide(images, wanted) == number
 
 
 def test_parts_are_summed_in_float32(forms, monkeypatch):
     """A part counts in full beside a sum that is 256 times as large."""
-    monkeypatch.setattr(kernel_gradient, "_PART", 8 * 3 * 2 * (5 + 1) * 2)
+    monkeypatch.setattr(parts, "_PART", 8 * 3 * 2 * (5 + 1) * 2)
     x = np.full((40, 2, 2, 5), 1 / 16, ml_dtypes.bfloat16)
     x[::5] = 32.0
     kernel = np.zeros((1, 1, 5, 1), ml_dtypes.bfloat16)
@@ -269,6 +291,47 @@ def test_only_a_cpu_from_jax_0_12_on_takes_products(monkeypatch):
         assert len(products(gradients(8))) == want, (backend, version)
         with lowering.plain():
             assert not products(gradients(8))
+
+
+@pytest.mark.parametrize(
+    ("version", "widths", "tiled"),
+    [
+        # Whether the convolution is one by tiles, its gradient by the input, and by the
+        # kernel.
+        ((0, 12, 0), (256, 256), (True, True, True)),
+        ((0, 12, 0), (256, 128), (False, False, True)),
+        ((0, 12, 0), (64, 64), (False, False, True)),
+        ((0, 12, 0), (32, 256), (False, False, False)),
+        ((0, 10, 2), (256, 256), (True, True, True)),
+        ((0, 10, 2), (128, 256), (True, True, False)),
+        ((0, 10, 2), (64, 64), (False, False, False)),
+    ],
+)
+def test_which_convolutions_are_computed_by_tiles(version, widths, tiled, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(jax, "__version_info__", version)
+
+    def found(batch, dtype="float32", side=8):
+        program = gradients(batch, dtype, side, *widths)
+        # A product for each of the 4x4 parts.
+        return sum(e.invars[0].aval.shape[0] == 16 for e in products(program))
+
+    assert found(128) == sum(tiled)
+    assert found(4) == sum(tiled)
+    # Too few places, tiles that cover too much, and matrix units.
+    assert found(3) == found(128, side=3) == found(128, "bfloat16") == 0
+    with lowering.plain():
+        assert found(128) == 0
+
+
+def test_tiles_of_a_large_map_come_in_parts(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    program = gradients(500, side=15, channels=256, features=256)
+    for product in products(program):
+        # Of 1 MB for an image.
+        tiles = 16 * 8 * 8 * 256
+        assert 2 <= product.invars[0].aval.size / tiles <= 10
 
 
 def test_on_a_gpu_a_gradient_is_computed_before_its_convolutions(monkeypatch):

@@ -12,13 +12,15 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from convnet.models import kernel_gradient
+from convnet.models import kernel_gradient, small_maps, winograd
 from convnet.models.kernel_gradient import Pads
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
+# Channels, and features, from which on tiles pay, on two cores of an Intel Xeon, in
+# float32: for a convolution, and for its gradient by the kernel.
+_TILED = {"oneDNN": (256, 64), "Eigen": (128, 256)}
 _PLAIN = contextvars.ContextVar("plain", default=False)
 
 
@@ -61,9 +63,10 @@ def convolve2d(
     # The matrix is at most twice as large as the kernel.
     few = math.prod(sizes) * math.prod(shape) <= 2 * math.prod(window)
     if any(missing) and few and min(shape) > 0:
-        return _product(x, kernel, stride, pads, shape)
-    # From JAX 0.12 on convolutions on a CPU are oneDNN's.
-    if jax.__version_info__ < (0, 12):
+        return small_maps.convolve(x, kernel, stride, pads, shape)
+    if stride == (1, 1) and _tiles_pay(x, kernel, shape):
+        return _by_tiles(x, kernel, pads)
+    if _library() == "Eigen":
         return _plain(x, kernel, stride, pads)
     if any(missing):
         return _smaller(x, kernel, stride, pads, missing, shape)
@@ -105,82 +108,6 @@ def _shape(
     ]
 
 
-def _product(
-    x: jax.Array,
-    kernel: jax.Array,
-    stride: tuple[int, ...],
-    pads: Pads,
-    shape: list[int],
-) -> jax.Array:
-    """`convolve2d`, for maps of few places: vectors, for a product with a matrix.
-
-    A map of 2x2 under a kernel of 3x3 has 16 pairs of an input and an output; filled up
-    as in `_smaller` it has 81. Eigen, which JAX 0.10 calls, is slow there as well.
-    """
-    meetings = _meetings(x.shape[1:3], shape, kernel.shape[:2], stride, pads)
-    matrix = _matrix(kernel, meetings)
-    y = x.reshape(len(x), matrix.shape[0]) @ matrix
-    return y.reshape(len(x), *shape, kernel.shape[-1])
-
-
-def _meetings(
-    sides: Sequence[int],
-    shape: Sequence[int],
-    window: Sequence[int],
-    stride: Sequence[int],
-    pads: Pads,
-) -> tuple[tuple[int, ...], ...]:
-    """For each place of the input, and of the output: the kernel's place, -1 for none.
-
-    Places are counted row by row.
-    """
-
-    def meet(here: tuple[int, ...], there: tuple[int, ...]) -> int:
-        i, j = (
-            n - m * s + low
-            for n, m, s, (low, _) in zip(here, there, stride, pads, strict=True)
-        )
-        inside = 0 <= i < window[0] and 0 <= j < window[1]
-        return i * window[1] + j if inside else -1
-
-    return tuple(
-        tuple(meet(here, there) for there in np.ndindex(*shape))
-        for here in np.ndindex(*sides)
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _matrix(kernel: jax.Array, meetings: tuple[tuple[int, ...], ...]) -> jax.Array:
-    """The matrix (h * w * c, rows * columns * features) of a convolution of a map."""
-    # The last one, of no place, is zero.
-    places = jnp.pad(kernel.reshape(-1, *kernel.shape[2:]), [(0, 1), (0, 0), (0, 0)])
-    rows = [jnp.concatenate([places[i] for i in row], -1) for row in meetings]
-    return jnp.concatenate(rows)
-
-
-def _matrix_forward(
-    kernel: jax.Array, meetings: tuple[tuple[int, ...], ...]
-) -> tuple[jax.Array, jax.Array]:
-    return _matrix(kernel, meetings), kernel
-
-
-def _matrix_backward(
-    meetings: tuple[tuple[int, ...], ...], kernel: jax.Array, gradient: jax.Array
-) -> tuple[jax.Array]:
-    kh, kw, c, features = kernel.shape
-    gradient = gradient.reshape(len(meetings), c, -1, features).astype(jnp.float32)
-    # Sums of slices. By itself JAX would add up whole kernels, zeros but for a place.
-    places = [jnp.zeros((c, features), jnp.float32)] * (kh * kw)
-    for here, row in enumerate(meetings):
-        for there, place in enumerate(row):
-            if place >= 0:
-                places[place] += gradient[here, :, there]
-    return (jnp.stack(places).reshape(kernel.shape).astype(kernel.dtype),)
-
-
-_matrix.defvjp(_matrix_forward, _matrix_backward)
-
-
 def _plain(
     x: jax.Array, kernel: jax.Array, stride: tuple[int, ...], pads: Pads
 ) -> jax.Array:
@@ -201,6 +128,58 @@ def _hold_gradient(y: jax.Array) -> jax.Array:
 _hold_gradient.defvjp(
     lambda y: (y, None), lambda _, gradient: (lax.optimization_barrier(gradient),)
 )
+
+
+def _library() -> str:
+    """Whose convolutions XLA takes on a CPU: from JAX 0.12 on oneDNN's."""
+    return "Eigen" if jax.__version_info__ < (0, 12) else "oneDNN"
+
+
+def _tiles_pay(
+    x: jax.Array, kernel: jax.Array, shape: Sequence[int], by_kernel: bool = False
+) -> bool:
+    """Whether a convolution with stride 1 is faster by tiles, or its gradient is."""
+    least = _TILED[_library()][by_kernel]
+    places, tiles = math.prod(shape), math.prod(-(-n // 2) for n in shape)
+    return (
+        kernel.shape[:2] == (3, 3)
+        and x.dtype == kernel.dtype == jnp.float32
+        and min(kernel.shape[2:]) >= least
+        # Of a few places the most time goes into the kernel's own parts.
+        and len(x) * places >= 256
+        # Of small odd maps the tiles have many places to spare.
+        and 16 * tiles <= 0.75 * 9 * places
+    )
+
+
+def _by_tiles(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
+    """`_own_gradient`, for kernels of 3x3: see `winograd`."""
+    # Outside of what has a gradient of its own, so that `Ahead` keeps them.
+    factors = lax.stop_gradient(winograd.factors(kernel))
+    return _tiled(x, kernel, factors, pads)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _tiled(
+    x: jax.Array, kernel: jax.Array, factors: jax.Array, pads: Pads
+) -> jax.Array:
+    del kernel
+    return winograd.convolve(x, factors, pads)
+
+
+def _tiled_forward(
+    x: jax.Array, kernel: jax.Array, factors: jax.Array, pads: Pads
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return winograd.convolve(x, factors, pads), (x, kernel)
+
+
+def _tiled_backward(
+    pads: Pads, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+    return *_backward(pads, saved, gradient), None
+
+
+_tiled.defvjp(_tiled_forward, _tiled_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -230,8 +209,18 @@ def _backward(
         (k - 1 - low, k - 1 - high)
         for k, (low, high) in zip(kernel.shape, pads, strict=False)
     )
-    by_input = _plain(gradient, turned, (1, 1), rest)
-    return by_input, kernel_gradient.products(x, kernel, gradient, (1, 1), pads)
+    if _tiles_pay(gradient, turned, x.shape[1:3]):
+        by_input = winograd.convolve(gradient, winograd.factors(turned), rest)
+    else:
+        by_input = _plain(gradient, turned, (1, 1), rest)
+    if _tiles_pay(x, kernel, gradient.shape[1:3], by_kernel=True):
+        by_kernel = winograd.kernel_gradient(x, gradient, pads)
+    elif _library() == "oneDNN":
+        by_kernel = kernel_gradient.products(x, kernel, gradient, (1, 1), pads)
+    else:
+        same = functools.partial(_plain, x, stride=(1, 1), pads=pads)
+        (by_kernel,) = jax.vjp(same, kernel)[1](gradient)
+    return by_input, by_kernel
 
 
 _own_gradient.defvjp(_forward, _backward)
