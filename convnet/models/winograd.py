@@ -83,14 +83,14 @@ def _padded(x: jax.Array, pads: Pads) -> jax.Array:
     around = [(low, high + o, 0) for (low, high), o in zip(pads, odd, strict=True)]
     # Not jnp.pad: of a convolution with more zeros than its kernel reaches over, the
     # gradient by the input has fewer than none.
-    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *around, (0, 0, 0)])
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *around, (0, 0, 0)])
+    return lax.optimization_barrier(x)
 
 
 def _apart(a: jax.Array, parts_of: Parts) -> jax.Array:
     """Returns the 4x4 parts of `a` (b, h, w, c): (16, tiles, c), columns first."""
     # Two stacks, each computed once: in one of 16 parts XLA would ask for each number
     # which part it is of.
-    a = lax.optimization_barrier(a)
     rows = lax.optimization_barrier(jnp.stack(parts_of(a, 1)))
     rows = rows.reshape(-1, *rows.shape[2:])
     return jnp.stack(parts_of(rows, 2)).reshape(16, -1, a.shape[-1])
