@@ -18,7 +18,7 @@ from jax import lax
 from convnet.models import parts
 
 Pads = tuple[tuple[int, int], ...]
-Parts = Callable[[jax.Array, int], list[jax.Array]]
+Split = Callable[[jax.Array, int], list[jax.Array]]
 
 
 def factors(kernel: jax.Array) -> jax.Array:
@@ -43,7 +43,7 @@ def convolve(x: jax.Array, factors: jax.Array, pads: Pads) -> jax.Array:
         y = jnp.stack(_of_result(y), 2).reshape(len(x), 2 * rows, 2 * columns, features)
         return y[:, : sides[0], : sides[1]]
 
-    return parts.each(one, x, tile_bytes(x, c + features, sides))
+    return parts.each(one, x, _tile_bytes(x, c + features, sides))
 
 
 def kernel_gradient(x: jax.Array, gradient: jax.Array, pads: Pads) -> jax.Array:
@@ -64,12 +64,12 @@ def kernel_gradient(x: jax.Array, gradient: jax.Array, pads: Pads) -> jax.Array:
         left, right = lax.optimization_barrier(factors)
         return lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))))
 
-    total = parts.total(one, (x, gradient), tile_bytes(x, width, sides))
+    total = parts.total(one, (x, gradient), _tile_bytes(x, width, sides))
     columns = _of_total(total.reshape(4, 4, *total.shape[1:]))
     return _of_total(columns.swapaxes(0, 1))
 
 
-def tile_bytes(x: jax.Array, width: int, sides: tuple[int, ...]) -> int:
+def _tile_bytes(x: jax.Array, width: int, sides: tuple[int, ...]) -> int:
     """Bytes of the parts of an example's tiles: 4 numbers for each of `width`."""
     return 4 * width * sides[0] * sides[1] * x.dtype.itemsize
 
@@ -87,13 +87,13 @@ def _padded(x: jax.Array, pads: Pads) -> jax.Array:
     return lax.optimization_barrier(x)
 
 
-def _apart(a: jax.Array, parts_of: Parts) -> jax.Array:
-    """Returns the 4x4 parts of `a` (b, h, w, c): (16, tiles, c), columns first."""
+def _apart(a: jax.Array, split: Split) -> jax.Array:
+    """Returns the 4x4 parts (16, tiles, c) of `a` (b, h, w, c); by columns, by rows."""
     # Two stacks, each computed once: in one of 16 parts XLA would ask for each number
     # which part it is of.
-    rows = lax.optimization_barrier(jnp.stack(parts_of(a, 1)))
+    rows = lax.optimization_barrier(jnp.stack(split(a, 1)))
     rows = rows.reshape(-1, *rows.shape[2:])
-    return jnp.stack(parts_of(rows, 2)).reshape(16, -1, a.shape[-1])
+    return jnp.stack(split(rows, 2)).reshape(16, -1, a.shape[-1])
 
 
 def _of_input(x: jax.Array, axis: int) -> list[jax.Array]:
