@@ -4,7 +4,6 @@ Exit status: 0 done; 1 the job failed; 2 usage; 3 done, but some inputs could no
 read; 130 or 143 interrupted.
 """
 
-import contextlib
 import logging
 import os
 import re
@@ -60,15 +59,15 @@ def run(
     """
     signal.signal(signal.SIGTERM, _terminate)
     # What goes wrong in Orbax's threads reaches us as an exception of its own; without
-    # these four it would also be printed, with tracebacks.
+    # these, and `_Dropped`, it would also be printed, with tracebacks.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.unraisablehook = _unraisable
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")
     try:
-        rest: list[str] | None = [] if takes_arguments else None
-        values = parse(sys.argv, define, usage, rest)
-        status = (main(values) if rest is None else main(values, rest)) or 0
+        with _Dropped():
+            rest: list[str] | None = [] if takes_arguments else None
+            values = parse(sys.argv, define, usage, rest)
+            status = (main(values) if rest is None else main(values, rest)) or 0
         sys.stdout.flush()
     except (Exception, KeyboardInterrupt, Interrupted) as error:
         status = explain(error)
@@ -98,20 +97,37 @@ def _terminate(signum: int, frame: object) -> NoReturn:
     raise Interrupted(signum)
 
 
-def _unraisable(about: Any) -> None:
-    """Sees what was raised where Python drops it: in a destructor, in a callback."""
-    error = about.exc_value
-    if isinstance(error, KeyboardInterrupt | Interrupted):
-        # JAX has such a callback in each collection of garbage: what comes while one
-        # runs comes again after it.
-        signum = getattr(error, "signum", signal.SIGINT)
-        again = threading.Timer(0.01, os.kill, (os.getpid(), signum))
-        again.daemon = True
-        with contextlib.suppress(RuntimeError):  # No new threads: the program ends.
-            again.start()
-    # TensorStore, after a failed write.
-    elif "Event loop is closed" not in str(error):
-        sys.__unraisablehook__(about)
+class _Dropped:
+    """While the app runs: has signals come again that were lost where Python drops them.
+
+    It drops what is raised in destructors and in callbacks, and JAX has a callback in
+    each collection of garbage.
+    """
+
+    def __init__(self) -> None:
+        self._again: threading.Timer | None = None
+        self._over = False
+
+    def __enter__(self) -> None:
+        sys.unraisablehook = self._see
+
+    def __exit__(self, *error: object) -> None:
+        self._over = True
+        if self._again:
+            self._again.cancel()
+
+    def _see(self, about: Any) -> None:
+        error = about.exc_value
+        if isinstance(error, KeyboardInterrupt | Interrupted) and not self._over:
+            signum = getattr(error, "signum", signal.SIGINT)
+            # By then the callback is over; in the next one it would be dropped again,
+            # and come again.
+            self._again = threading.Timer(0.01, os.kill, (os.getpid(), signum))
+            self._again.daemon = True
+            self._again.start()
+        # TensorStore, after a failed write.
+        elif "Event loop is closed" not in str(error):
+            sys.__unraisablehook__(about)
 
 
 def define_config(values: flags.FlagValues, argv: list[str]) -> None:

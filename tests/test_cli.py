@@ -375,22 +375,41 @@ def test_a_signal_during_a_collection_of_garbage_ends_the_app(run, signum):
     reached = []
 
     def collected(phase, about):
-        if not reached:
-            reached.append("dropped")
-            os.kill(os.getpid(), signum)
+        gc.callbacks.remove(collected)
+        reached.append("dropped")
+        os.kill(os.getpid(), signum)
 
     def app(values):
+        gc.callbacks.append(collected)
         gc.collect()
         time.sleep(20)
         reached.append("went on")
 
-    gc.callbacks.append(collected)
-    try:
-        status, said = run(app)
-    finally:
-        gc.callbacks.remove(collected)
-    assert (status, said) == (128 + signum, f"interrupted by {signum.name}\n")
+    assert run(app) == (128 + signum, f"interrupted by {signum.name}\n")
     assert reached == ["dropped"]
+
+
+def test_no_signal_comes_again_after_the_app(run):
+    class Dropped:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    def app(values):
+        Dropped()
+        raise ConvnetError("first")
+
+    kept = []
+
+    def returns(values):
+        kept.append(Dropped())
+
+    assert run(app) == (1, "error: first\n")
+    assert run(returns)[0] == 0
+    assert sys.unraisablehook is not sys.__unraisablehook__
+    # Past the end it is dropped for good.
+    kept.clear()
+    time.sleep(0.1)
 
 
 @pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (3, 3), (1, 1)])

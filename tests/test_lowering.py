@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +74,7 @@ def forms(monkeypatch):
     """The forms for a CPU from JAX 0.12 on, with several parts and products in each."""
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
-    monkeypatch.setattr(parts, "_PART", 12_000)
+    monkeypatch.setattr(parts, "PART", 12_000)
     monkeypatch.setattr(kernel_gradient, "_PLACES", 64)
 
 
@@ -144,17 +146,28 @@ def test_values_and_gradients(case, dtype, forms):
     check(case, dtype)
 
 
+@pytest.fixture
+def tiled(monkeypatch):
+    """Tiles wherever they can be."""
+    monkeypatch.setattr(lowering, "_TILED", {"oneDNN": 1, "Eigen": 1})
+
+
 @pytest.mark.parametrize("version", [(0, 10, 2), (0, 12, 0)], ids=str)
 @pytest.mark.parametrize("case", TILED, ids=str)
-def test_values_and_gradients_by_tiles(case, version, forms, monkeypatch):
+def test_values_and_gradients_by_tiles(case, version, forms, tiled, monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", version)
-    monkeypatch.setattr(lowering, "_TILED", {"oneDNN": (1, 1), "Eigen": (1, 1)})
     check(case, "float32")
     (batch, *sides), channels, *_ = case
-    kernel = jax.ShapeDtypeStruct((3, 3, *channels), jnp.float32)
-    x = jax.ShapeDtypeStruct((batch, *sides, channels[0]), jnp.float32)
-    program = jax.make_jaxpr(lambda x, k: lowering.convolve2d(x, k, *case[3:]))
-    assert not convolutions(program(x, kernel).jaxpr)
+    assert by_tiles(gradients(batch, "float32", sides, *channels, case[-1])) == 3
+
+
+@pytest.mark.parametrize("case", TILED, ids=str)
+def test_a_kernels_gradient_by_tiles(case, forms, monkeypatch):
+    """Of a convolution that is oneDNN's."""
+    monkeypatch.setattr(lowering, "_TILED_GRADIENT", 1)
+    check(case, "float32")
+    (batch, *sides), channels, *_ = case
+    assert by_tiles(gradients(batch, "float32", sides, *channels, case[-1])) == 1
 
 
 def check(case, dtype):
@@ -209,16 +222,32 @@ convolutions = functools.partial(equations, name="conv_general_dilated")
 products = functools.partial(equations, name="dot_general")
 
 
-def gradients(batch, dtype="float32", side=16, channels=64, features=64):
-    """The program of both gradients of a convolution."""
-    x = jax.ShapeDtypeStruct((batch, side, side, channels), dtype)
+def gradients(
+    batch,
+    dtype="float32",
+    sides=(16, 16),
+    channels=64,
+    features=64,
+    pads=((1, 1), (1, 1)),
+):
+    """The program of a convolution and its gradients by the input and the kernel."""
+    x = jax.ShapeDtypeStruct((batch, *sides, channels), dtype)
     kernel = jax.ShapeDtypeStruct((3, 3, channels, features), dtype)
 
     def loss(x, kernel):
-        y = lowering.convolve2d(x, kernel, (1, 1), ((1, 1), (1, 1)))
+        y = lowering.convolve2d(x, kernel, (1, 1), pads)
         return y.astype(jnp.float32).sum()
 
     return jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, kernel).jaxpr
+
+
+def by_tiles(program):
+    """How many of its products are of 4x4 components."""
+    return sum(
+        product.invars[0].aval.shape[0] == 16
+        and product.params["dimension_numbers"][1] == ((0,), (0,))
+        for product in products(program)
+    )
 
 
 # Of 64 channels; with nearly five times as many features both factors are still moved.
@@ -251,7 +280,7 @@ def test_parts_are_equal(images, wanted, number):
 
 def test_parts_are_summed_in_float32(forms, monkeypatch):
     """A part counts in full beside a sum that is 256 times as large."""
-    monkeypatch.setattr(parts, "_PART", 8 * 3 * 2 * (5 + 1) * 2)
+    monkeypatch.setattr(parts, "PART", 8 * 3 * 2 * (5 + 1) * 2)
     x = np.full((40, 2, 2, 5), 1 / 16, ml_dtypes.bfloat16)
     x[::5] = 32.0
     kernel = np.zeros((1, 1, 5, 1), ml_dtypes.bfloat16)
@@ -294,44 +323,82 @@ def test_only_a_cpu_from_jax_0_12_on_takes_products(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("version", "widths", "tiled"),
+    ("version", "widths", "number", "plain"),
     [
-        # Whether the convolution is one by tiles, its gradient by the input, and by the
-        # kernel.
-        ((0, 12, 0), (256, 256), (True, True, True)),
-        ((0, 12, 0), (256, 128), (False, False, True)),
-        ((0, 12, 0), (64, 64), (False, False, True)),
-        ((0, 12, 0), (32, 256), (False, False, False)),
-        ((0, 10, 2), (256, 256), (True, True, True)),
-        ((0, 10, 2), (128, 256), (True, True, False)),
-        ((0, 10, 2), (64, 64), (False, False, False)),
+        # The convolution and both gradients, or that by the kernel alone, which is a
+        # product or, of Eigen's, a convolution.
+        ((0, 12, 0), (256, 256), 3, 0),
+        ((0, 12, 0), (256, 128), 1, 2),
+        ((0, 12, 0), (64, 64), 1, 2),
+        ((0, 12, 0), (32, 256), 0, 2),
+        ((0, 10, 2), (256, 256), 3, 0),
+        ((0, 10, 2), (128, 256), 3, 0),
+        ((0, 10, 2), (64, 64), 0, 3),
     ],
 )
-def test_which_convolutions_are_computed_by_tiles(version, widths, tiled, monkeypatch):
+def test_what_is_computed_by_tiles(version, widths, number, plain, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(jax, "__version_info__", version)
 
     def found(batch, dtype="float32", side=8):
-        program = gradients(batch, dtype, side, *widths)
-        # A product for each of the 4x4 parts.
-        return sum(e.invars[0].aval.shape[0] == 16 for e in products(program))
+        return by_tiles(gradients(batch, dtype, (side, side), *widths))
 
-    assert found(128) == sum(tiled)
-    assert found(4) == sum(tiled)
-    # Too few places, tiles that cover too much, and matrix units.
+    assert found(128) == found(4) == number
+    assert len(convolutions(gradients(128, "float32", (8, 8), *widths))) == plain
+    # Too few places, tiles that reach too far over the map, and bfloat16.
     assert found(3) == found(128, side=3) == found(128, "bfloat16") == 0
+    # A map that does not stay in the cache.
+    assert found(1, side=200) == 0
     with lowering.plain():
         assert found(128) == 0
 
 
-def test_tiles_of_a_large_map_come_in_parts(monkeypatch):
+@pytest.mark.parametrize(
+    ("side", "width", "images"),
+    [
+        # The convolution and its gradients, each of about 10 MB,
+        (16, 256, [5, 5, 5]),
+        # but not less than twice the sum that a kernel's gradient is: 34 MB.
+        (4, 512, [40, 40, 120]),
+    ],
+)
+def test_images_in_a_part_of_tiles(side, width, images, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
-    program = gradients(500, side=15, channels=256, features=256)
-    for product in products(program):
-        # Of 1 MB for an image.
-        tiles = 16 * 8 * 8 * 256
-        assert 2 <= product.invars[0].aval.size / tiles <= 10
+    program = gradients(120, "float32", (side, side), width, width)
+    tiles = [product.invars[0].aval.shape[1] for product in products(program)]
+    assert [4 * n / side**2 for n in tiles] == images
+
+
+@pytest.mark.parametrize("batch", [256, 16])
+def test_by_tiles_a_map_that_is_smaller_than_its_kernel_has_no_output(
+    batch, tiled, forms
+):
+    x, kernel = jnp.ones((batch, 1, 1, 2)), jnp.ones((3, 3, 2, 5))
+    y = lowering.convolve2d(x, kernel, (1, 1), ((0, 0), (0, 0)))
+    assert y.shape == (batch, 0, 0, 5)
+
+
+def test_each_device_computes_its_own_tiles(tiled, forms):
+    """Over four devices only the kernel's gradient, a sum, is exchanged."""
+    code = """
+import functools, jax, re
+jax.config.update("jax_num_cpu_devices", 4)
+from convnet import mesh
+from convnet.models import lowering
+lowering._TILED = {"oneDNN": 1, "Eigen": 1}
+rows = jax.sharding.NamedSharding(mesh.make(16, 4), jax.P("data"))
+x = jax.ShapeDtypeStruct((16, 8, 8, 4), "float32", sharding=rows)
+kernel = jax.ShapeDtypeStruct((3, 3, 4, 5), "float32")
+y = functools.partial(lowering.convolve2d, stride=(1, 1), pads=((1, 1), (1, 1)))
+run = jax.jit(jax.grad(lambda k, x: (y(x, k) ** 2).sum()))
+text = run.lower(kernel, x).compile().as_text()
+print(sorted(set(re.findall("all-[a-z]+|collective-permute|dot", text))))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "['all-reduce', 'dot']"
 
 
 def test_on_a_gpu_a_gradient_is_computed_before_its_convolutions(monkeypatch):

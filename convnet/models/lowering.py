@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from convnet.models import kernel_gradient, small_maps, winograd
+from convnet.models import kernel_gradient, parts, small_maps, winograd
 from convnet.models.kernel_gradient import Pads
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-# Channels, and features, from which on tiles pay, on two cores of an Intel Xeon, in
-# float32: for a convolution, and for its gradient by the kernel.
-_TILED = {"oneDNN": (256, 64), "Eigen": (128, 256)}
+# Channels, and features, from which on tiles pay in float32 (on two cores of an Intel
+# Xeon), by whose convolutions XLA takes; and for the gradient by the kernel of one that
+# is oneDNN's.
+_TILED = {"oneDNN": 256, "Eigen": 128}
+_TILED_GRADIENT = 64
 _PLAIN = contextvars.ContextVar("plain", default=False)
 
 
@@ -64,9 +66,11 @@ def convolve2d(
     few = math.prod(sizes) * math.prod(shape) <= 2 * math.prod(window)
     if any(missing) and few and min(shape) > 0:
         return small_maps.convolve(x, kernel, stride, pads, shape)
-    if stride == (1, 1) and _tiles_pay(x, kernel, shape):
-        return _by_tiles(x, kernel, pads)
-    if _library() == "Eigen":
+    library = "Eigen" if jax.__version_info__ < (0, 12) else "oneDNN"
+    if stride == (1, 1) and _tiles_pay(x, kernel, shape, _TILED[library]):
+        # The components apart from the convolution: `Ahead` makes them once.
+        return _tiled(x, winograd.factors(kernel), pads)
+    if library == "Eigen":
         return _plain(x, kernel, stride, pads)
     if any(missing):
         return _smaller(x, kernel, stride, pads, missing, shape)
@@ -130,53 +134,49 @@ _hold_gradient.defvjp(
 )
 
 
-def _library() -> str:
-    """Whose convolutions XLA takes on a CPU: from JAX 0.12 on oneDNN's."""
-    return "Eigen" if jax.__version_info__ < (0, 12) else "oneDNN"
-
-
 def _tiles_pay(
-    x: jax.Array, kernel: jax.Array, shape: Sequence[int], by_kernel: bool = False
+    x: jax.Array, kernel: jax.Array, shape: Sequence[int], least: int
 ) -> bool:
-    """Whether a convolution with stride 1 is faster by tiles, or its gradient is."""
-    least = _TILED[_library()][by_kernel]
+    """Whether a convolution with stride 1, or its gradient, is faster by tiles.
+
+    Not in bfloat16, which processors multiply faster than they lay tiles out.
+    """
     places, tiles = math.prod(shape), math.prod(-(-n // 2) for n in shape)
     return (
         kernel.shape[:2] == (3, 3)
         and x.dtype == kernel.dtype == jnp.float32
         and min(kernel.shape[2:]) >= least
-        # Of a few places the most time goes into the kernel's own parts.
+        and min(shape) > 0
+        # Of fewer places most of the time goes into the components of the kernel: for 4
+        # maps of 4x4 it took 1.5 to 2 times as long.
         and len(x) * places >= 256
-        # Of small odd maps the tiles have many places to spare.
+        # Tiles reach over the ends of odd maps: of 3x3, and of 5x2, too far.
         and 16 * tiles <= 0.75 * 9 * places
+        # Parts are whole examples, and those of large maps do not stay in the cache.
+        and winograd.size(*kernel.shape[2:], shape) <= 4 * parts.PART
     )
 
 
-def _by_tiles(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
-    """`_own_gradient`, for kernels of 3x3: see `winograd`."""
-    # Outside of what has a gradient of its own, so that `Ahead` keeps them.
-    factors = lax.stop_gradient(winograd.factors(kernel))
-    return _tiled(x, kernel, factors, pads)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _tiled(
-    x: jax.Array, kernel: jax.Array, factors: jax.Array, pads: Pads
-) -> jax.Array:
-    del kernel
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _tiled(x: jax.Array, factors: jax.Array, pads: Pads) -> jax.Array:
+    """`_plain` with stride 1 and the kernel of `factors`; see `winograd`."""
     return winograd.convolve(x, factors, pads)
 
 
 def _tiled_forward(
-    x: jax.Array, kernel: jax.Array, factors: jax.Array, pads: Pads
+    x: jax.Array, factors: jax.Array, pads: Pads
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return winograd.convolve(x, factors, pads), (x, kernel)
+    return winograd.convolve(x, factors, pads), (x, factors)
 
 
 def _tiled_backward(
     pads: Pads, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    return *_backward(pads, saved, gradient), None
+) -> tuple[jax.Array, jax.Array]:
+    x, factors = saved
+    x, gradient = lax.optimization_barrier((x, gradient))
+    rest = tuple((2 - low, 2 - high) for low, high in pads)
+    by_input = winograd.convolve(gradient, winograd.turned(factors), rest)
+    return by_input, winograd.gradient_by_factors(x, gradient, pads)
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
@@ -209,18 +209,11 @@ def _backward(
         (k - 1 - low, k - 1 - high)
         for k, (low, high) in zip(kernel.shape, pads, strict=False)
     )
-    if _tiles_pay(gradient, turned, x.shape[1:3]):
-        by_input = winograd.convolve(gradient, winograd.factors(turned), rest)
-    else:
-        by_input = _plain(gradient, turned, (1, 1), rest)
-    if _tiles_pay(x, kernel, gradient.shape[1:3], by_kernel=True):
-        by_kernel = winograd.kernel_gradient(x, gradient, pads)
-    elif _library() == "oneDNN":
-        by_kernel = kernel_gradient.products(x, kernel, gradient, (1, 1), pads)
-    else:
-        same = functools.partial(_plain, x, stride=(1, 1), pads=pads)
-        (by_kernel,) = jax.vjp(same, kernel)[1](gradient)
-    return by_input, by_kernel
+    by_input = _plain(gradient, turned, (1, 1), rest)
+    if _tiles_pay(x, kernel, gradient.shape[1:3], _TILED_GRADIENT):
+        by_factors = winograd.gradient_by_factors(x, gradient, pads)
+        return by_input, winograd.kernel_of(by_factors)
+    return by_input, kernel_gradient.products(x, kernel, gradient, (1, 1), pads)
 
 
 _own_gradient.defvjp(_forward, _backward)

@@ -8,7 +8,7 @@ from jax import lax
 
 # Bytes: about so much is laid out at a time. Of 3, 5, 10 and 20 MB this was the best or
 # near it, on two cores of an Intel Xeon.
-_PART = 10 << 20
+PART = 10 << 20
 
 
 def divide(whole: int, wanted: float) -> int:
@@ -20,23 +20,23 @@ def divide(whole: int, wanted: float) -> int:
 def total(
     function: Callable[..., jax.Array], arrays: Sequence[jax.Array], size: int
 ) -> jax.Array:
-    """Returns `function(*arrays)`, float32, that sums over the batch: in parts.
+    """Returns `function(*arrays)`, a float32 sum over the batch, computed in parts.
 
     Args:
-      function: of arrays with fewer examples; the shape of its result is the same.
+      function: takes arrays with fewer examples, too; its result has the same shape.
       arrays: (b, ...) each.
       size: bytes that it lays out for an example.
     """
     result = jax.eval_shape(function, *arrays)
-    # Each part is added to a total, which is read and written for it.
-    wanted = max(_PART, 2 * result.size * result.dtype.itemsize) / size
+    # With each part the sum is read and written: a part is to be larger than that.
+    wanted = max(PART, 2 * result.size * result.dtype.itemsize) / size
     number = divide(len(arrays[0]), wanted)
     if number == 1:
         return function(*arrays)
-    apart = [_apart(a, number) for a in arrays]
+    dealt = [_deal(a, number) for a in arrays]
 
     def add(i: jax.Array, sum_: jax.Array) -> jax.Array:
-        part = (lax.dynamic_index_in_dim(a, i, 1, False) for a in apart)
+        part = (lax.dynamic_index_in_dim(a, i, 1, False) for a in dealt)
         return sum_ + function(*part)
 
     return lax.fori_loop(0, number, add, jnp.zeros(result.shape, result.dtype))
@@ -45,24 +45,27 @@ def total(
 def each(
     function: Callable[[jax.Array], jax.Array], array: jax.Array, size: int
 ) -> jax.Array:
-    """Returns `function(array)`, that has a result for each example: in parts.
+    """Returns `function(array)`, a result for each example, computed in parts.
 
     See `total`.
     """
-    number = divide(len(array), _PART / size)
+    number = divide(len(array), PART / size)
     if number == 1:
         return function(array)
-    apart = _apart(array, number)
+    dealt = _deal(array, number)
     result = jax.eval_shape(function, array)
 
     def put(i: jax.Array, whole: jax.Array) -> jax.Array:
-        part = function(lax.dynamic_index_in_dim(apart, i, 1, False))
+        part = function(lax.dynamic_index_in_dim(dealt, i, 1, False))
         return lax.dynamic_update_index_in_dim(whole, part, i, 1)
 
     empty = jnp.zeros((len(array) // number, number, *result.shape[1:]), result.dtype)
     return lax.fori_loop(0, number, put, empty).reshape(result.shape)
 
 
-def _apart(a: jax.Array, number: int) -> jax.Array:
-    # Part i has every number-th example, so that each device keeps its own.
+def _deal(a: jax.Array, number: int) -> jax.Array:
+    """Returns (b / number, number, ...): part i has every number-th example.
+
+    So each device keeps its own, if a part has one for each or a multiple.
+    """
     return a.reshape(-1, number, *a.shape[1:])

@@ -1,99 +1,123 @@
-"""Convolutions of 3x3 by tiles, with 16 products in the place of 36.
+"""Convolutions of 3x3 with stride 1 by tiles: 16 products in the place of 36.
 
 Winograd 1980, "Arithmetic complexity of computations"; Lavin and Gray 2016, "Fast
 algorithms for convolutional neural networks" (arXiv:1509.09308): F(2x2, 3x3), and for
-the gradient by the kernel F(3x3, 2x2), which is its transpose. The result is cut into
-tiles of 2x2, each of which meets 4x4 places of the input. Sums and differences of
-columns, then rows, make 4x4 parts of either operand; part by part these are multiplied,
-and sums of the 4x4 products are the result. All factors are 1 or 1/2, so that rounding
-stays near that of the plain form.
+the gradient by the kernel F(3x3, 2x2), which is its transpose.
+
+The result is cut into tiles of 2x2, each of which meets 4x4 places of the input. Sums
+and differences of rows, and of columns, make 4x4 components of an operand: component
+4 * j + i is number i along the rows' axis and j along the columns'. Those of two
+operands are multiplied one by one, and sums of the products are the result. All factors
+are 1 or 1/2, so that rounding stays near that of the plain form.
+
+Each step is held behind a barrier. XLA would otherwise fuse several: the steps before
+would be computed again for every number that reads them, and of 16 components at a time
+each number would first ask which it belongs to.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from convnet.models import parts
+from convnet.models.kernel_gradient import Pads
 
-Pads = tuple[tuple[int, int], ...]
-Split = Callable[[jax.Array, int], list[jax.Array]]
+_hold = lax.optimization_barrier
 
 
+@jax.custom_vjp
 def factors(kernel: jax.Array) -> jax.Array:
-    """Returns the parts (16, c, features) of a kernel (3, 3, c, features)."""
-    flat = kernel.reshape(1, 3, 3, -1)
-    return _apart(flat, _of_kernel).reshape(16, *kernel.shape[2:])
+    """Returns the components (16, c, features) of a kernel (3, 3, c, features)."""
+    components = _components(kernel.reshape(1, 3, 3, -1), _of_kernel)
+    return components.reshape(16, *kernel.shape[2:])
+
+
+def kernel_of(gradient: jax.Array) -> jax.Array:
+    """The transpose of `factors`: a kernel's gradient from that by its components."""
+    columns = _transposed_of_kernel(gradient.reshape(4, 4, *gradient.shape[1:]))
+    return _transposed_of_kernel(columns.swapaxes(0, 1))
+
+
+factors.defvjp(lambda k: (factors(k), None), lambda _, g: (kernel_of(g),))
+
+
+def turned(factors: jax.Array) -> jax.Array:
+    """Returns the components of the kernel with which a gradient is convolved.
+
+    It is the kernel of `factors`, both axes reversed, channels and features exchanged.
+    """
+    components = factors.reshape(4, 4, *factors.shape[1:])
+    for axis in (0, 1):
+        first, *middle, last = jnp.split(components, 4, axis)
+        components = jnp.concatenate([last, *middle, first], axis)
+    return components.swapaxes(2, 3).reshape(16, factors.shape[2], factors.shape[1])
 
 
 def convolve(x: jax.Array, factors: jax.Array, pads: Pads) -> jax.Array:
-    """Cross-correlates `x` (b, h, w, c), stride 1, with the kernel of these factors."""
+    """Cross-correlates `x` (b, h, w, c) with the kernel of `factors`."""
     *_, c, features = factors.shape
-    sides = _sides(x, pads)
-    factors = lax.optimization_barrier(factors)
+    sides = [n + sum(pad) - 2 for n, pad in zip(x.shape[1:], pads, strict=False)]
+    factors = _hold(factors)
 
     def one(x: jax.Array) -> jax.Array:
-        tiles = lax.optimization_barrier(_apart(_padded(x, pads), _of_input))
-        y = lax.dot_general(tiles, factors, (((2,), (1,)), ((0,), (0,))))
-        y = lax.optimization_barrier(y)
+        tiles = _hold(_components(_padded(x, pads, sides), _of_input))
+        y = _hold(lax.dot_general(tiles, factors, (((2,), (1,)), ((0,), (0,)))))
         rows, columns = (-(-n // 2) for n in sides)
         y = y.reshape(4, 4, len(x), rows, columns, features)
-        y = lax.optimization_barrier(jnp.stack(_of_result(y), 4))
+        y = _hold(jnp.stack(_of_result(y), 4))
         y = jnp.stack(_of_result(y), 2).reshape(len(x), 2 * rows, 2 * columns, features)
         return y[:, : sides[0], : sides[1]]
 
-    return parts.each(one, x, _tile_bytes(x, c + features, sides))
+    return parts.each(one, x, size(c, features, sides))
 
 
-def kernel_gradient(x: jax.Array, gradient: jax.Array, pads: Pads) -> jax.Array:
-    """Returns the gradient (3, 3, c, features) by the kernel of `convolve`.
+def gradient_by_factors(x: jax.Array, gradient: jax.Array, pads: Pads) -> jax.Array:
+    """Returns the gradient (16, c, features) by what `convolve` takes for a kernel.
 
     Args:
       x: what was convolved (b, h, w, c).
       gradient: by the result (b, rows, columns, features).
       pads: of the convolution.
     """
-    sides, width = gradient.shape[1:3], x.shape[-1] + gradient.shape[-1]
-    odd = [(0, n % 2) for n in sides]
+    sides = gradient.shape[1:3]
 
     def one(x: jax.Array, gradient: jax.Array) -> jax.Array:
-        if any(map(any, odd)):
-            gradient = jnp.pad(gradient, [(0, 0), *odd, (0, 0)])
-        factors = _apart(_padded(x, pads), _of_input), _apart(gradient, _of_gradient)
-        left, right = lax.optimization_barrier(factors)
+        if any(n % 2 for n in sides):
+            gradient = _padded(gradient, [(0, 0), (0, 0)], sides)
+        tiles = _components(_padded(x, pads, sides), _of_input)
+        left, right = _hold((tiles, _components(gradient, _of_gradient)))
         return lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))))
 
-    total = parts.total(one, (x, gradient), _tile_bytes(x, width, sides))
-    columns = _of_total(total.reshape(4, 4, *total.shape[1:]))
-    return _of_total(columns.swapaxes(0, 1))
+    laid_out = size(x.shape[-1], gradient.shape[-1], sides)
+    return parts.total(one, (x, gradient), laid_out)
 
 
-def _tile_bytes(x: jax.Array, width: int, sides: tuple[int, ...]) -> int:
-    """Bytes of the parts of an example's tiles: 4 numbers for each of `width`."""
-    return 4 * width * sides[0] * sides[1] * x.dtype.itemsize
+def size(c: int, features: int, sides: Sequence[int]) -> int:
+    """Bytes of the components of an example, and of those of its result or gradient."""
+    return 4 * (c + features) * sides[0] * sides[1] * 4
 
 
-def _sides(x: jax.Array, pads: Pads) -> tuple[int, ...]:
-    return tuple(n + sum(pad) - 2 for n, pad in zip(x.shape[1:3], pads, strict=True))
+def _padded(x: jax.Array, pads: Sequence, sides: Sequence[int]) -> jax.Array:
+    """Pads `x`, and further at the ends, where a result of odd `sides` has half a tile.
+
+    Not by jnp.pad: of a convolution with more zeros than its kernel reaches over, the
+    gradient by the input has fewer than none.
+    """
+    around = [
+        (low, high + n % 2, 0) for (low, high), n in zip(pads, sides, strict=True)
+    ]
+    none = (0, 0, 0)
+    return _hold(lax.pad(x, jnp.zeros((), x.dtype), [none, *around, none]))
 
 
-def _padded(x: jax.Array, pads: Pads) -> jax.Array:
-    odd = [n % 2 for n in _sides(x, pads)]
-    around = [(low, high + o, 0) for (low, high), o in zip(pads, odd, strict=True)]
-    # Not jnp.pad: of a convolution with more zeros than its kernel reaches over, the
-    # gradient by the input has fewer than none.
-    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *around, (0, 0, 0)])
-    return lax.optimization_barrier(x)
-
-
-def _apart(a: jax.Array, split: Split) -> jax.Array:
-    """Returns the 4x4 parts (16, tiles, c) of `a` (b, h, w, c); by columns, by rows."""
-    # Two stacks, each computed once: in one of 16 parts XLA would ask for each number
-    # which part it is of.
-    rows = lax.optimization_barrier(jnp.stack(split(a, 1)))
-    rows = rows.reshape(-1, *rows.shape[2:])
-    return jnp.stack(split(rows, 2)).reshape(16, -1, a.shape[-1])
+def _components(
+    a: jax.Array, split: Callable[[jax.Array, int], list[jax.Array]]
+) -> jax.Array:
+    """Returns the components (16, tiles, c) of `a` (b, h, w, c)."""
+    rows = _hold(jnp.stack(split(a, 1)))
+    return jnp.stack(split(rows, 3)).reshape(16, -1, a.shape[-1])
 
 
 def _of_input(x: jax.Array, axis: int) -> list[jax.Array]:
@@ -107,6 +131,11 @@ def _of_kernel(kernel: jax.Array, axis: int) -> list[jax.Array]:
     return [a, (a + b + c) / 2, (a - b + c) / 2, c]
 
 
+def _transposed_of_kernel(g: jax.Array) -> jax.Array:
+    both, other = (g[1] + g[2]) / 2, (g[1] - g[2]) / 2
+    return jnp.stack([g[0] + both, other, both + g[3]])
+
+
 def _of_gradient(gradient: jax.Array, axis: int) -> list[jax.Array]:
     stop = gradient.shape[axis]
     a, b = (lax.slice_in_dim(gradient, i, stop, 2, axis) for i in range(2))
@@ -115,8 +144,3 @@ def _of_gradient(gradient: jax.Array, axis: int) -> list[jax.Array]:
 
 def _of_result(y: jax.Array) -> list[jax.Array]:
     return [y[0] + y[1] + y[2], y[1] - y[2] + y[3]]
-
-
-def _of_total(total: jax.Array) -> jax.Array:
-    both, other = (total[1] + total[2]) / 2, (total[1] - total[2]) / 2
-    return jnp.stack([total[0] + both, other, both + total[3]])
