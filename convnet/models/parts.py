@@ -9,6 +9,8 @@ from jax import lax
 # Bytes: about so much is laid out at a time. Of 3, 5, 10 and 20 MB this was the best or
 # near it, on two cores of an Intel Xeon.
 PART = 10 << 20
+# Before JAX 0.12 a loop costs more than the cache gains.
+_PART_WITH_SLOW_LOOPS = 80 << 20
 
 
 def divide(whole: int, wanted: float) -> int:
@@ -29,7 +31,7 @@ def total(
     """
     result = jax.eval_shape(function, *arrays)
     # With each part the sum is read and written: a part is to be larger than that.
-    wanted = max(PART, 2 * result.size * result.dtype.itemsize) / size
+    wanted = max(_wanted(), 2 * result.size * result.dtype.itemsize) / size
     number = divide(len(arrays[0]), wanted)
     if number == 1:
         return function(*arrays)
@@ -49,7 +51,7 @@ def each(
 
     See `total`.
     """
-    number = divide(len(array), PART / size)
+    number = divide(len(array), _wanted() / size)
     if number == 1:
         return function(array)
     dealt = _deal(array, number)
@@ -61,6 +63,10 @@ def each(
 
     empty = jnp.zeros((len(array) // number, number, *result.shape[1:]), result.dtype)
     return lax.fori_loop(0, number, put, empty).reshape(result.shape)
+
+
+def _wanted() -> int:
+    return PART if jax.__version_info__ >= (0, 12) else _PART_WITH_SLOW_LOOPS
 
 
 def _deal(a: jax.Array, number: int) -> jax.Array:
