@@ -98,7 +98,7 @@ def _terminate(signum: int, frame: object) -> NoReturn:
 
 
 class _Dropped:
-    """While the app runs: has signals come again that were lost where Python drops them.
+    """While the app runs: signals that got lost where Python drops them come again.
 
     It drops what is raised in destructors and in callbacks, and JAX has a callback in
     each collection of garbage.
