@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 
 import pytest
@@ -389,27 +390,39 @@ def test_a_signal_during_a_collection_of_garbage_ends_the_app(run, signum):
     assert reached == ["dropped"]
 
 
-def test_no_signal_comes_again_after_the_app(run):
+def test_no_signal_comes_again_after_the_app(run, monkeypatch):
+    timers = []
+
+    class Timer:
+        """Stands for one that has not run out when the app ends."""
+
+        def __init__(self, *arguments):
+            timers.append(self)
+
+        def start(self):
+            self.state = "started"
+
+        def cancel(self):
+            self.state = "cancelled"
+
     class Dropped:
         def __del__(self):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-
-    def app(values):
-        Dropped()
-        raise ConvnetError("first")
+            raise cli.Interrupted(signal.SIGTERM)
 
     kept = []
 
-    def returns(values):
+    def app(values):
         kept.append(Dropped())
+        Dropped()
+        raise ConvnetError("failed")
 
-    assert run(app) == (1, "error: first\n")
-    assert run(returns)[0] == 0
-    assert sys.unraisablehook is not sys.__unraisablehook__
-    # Past the end it is dropped for good.
-    kept.clear()
-    time.sleep(0.1)
+    monkeypatch.setattr(threading, "Timer", Timer)
+    monkeypatch.setattr(sys, "__unraisablehook__", lambda about: kept.append("printed"))
+    assert run(app) == (1, "error: failed\n")
+    assert [timer.state for timer in timers] == ["cancelled"]
+    # What is dropped later stays so.
+    del kept[0]
+    assert len(timers) == 1 and kept == ["printed"]
 
 
 @pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (3, 3), (1, 1)])
