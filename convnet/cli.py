@@ -59,12 +59,12 @@ def run(
     """
     signal.signal(signal.SIGTERM, _terminate)
     # What goes wrong in Orbax's threads reaches us as an exception of its own; without
-    # these, and `_Dropped`, it would also be printed, with tracebacks.
+    # these, and `_Resent`, it would also be printed, with tracebacks.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited")
     try:
-        with _Dropped():
+        with _Resent():
             rest: list[str] | None = [] if takes_arguments else None
             values = parse(sys.argv, define, usage, rest)
             status = (main(values) if rest is None else main(values, rest)) or 0
@@ -97,11 +97,11 @@ def _terminate(signum: int, frame: object) -> NoReturn:
     raise Interrupted(signum)
 
 
-class _Dropped:
-    """While the app runs: signals that got lost where Python drops them come again.
+class _Resent:
+    """Has signals come again that got lost while the app ran.
 
-    It drops what is raised in destructors and in callbacks, and JAX has a callback in
-    each collection of garbage.
+    Python drops what is raised in destructors and in callbacks, and JAX has a callback
+    in each collection of garbage. The hook stays after the app: see `_see`.
     """
 
     def __init__(self) -> None:
@@ -113,6 +113,9 @@ class _Dropped:
 
     def __exit__(self, *error: object) -> None:
         self._over = True
+        self._cancel()
+
+    def _cancel(self) -> None:
         if self._again:
             self._again.cancel()
 
@@ -120,12 +123,13 @@ class _Dropped:
         error = about.exc_value
         if isinstance(error, KeyboardInterrupt | Interrupted) and not self._over:
             signum = getattr(error, "signum", signal.SIGINT)
-            # By then the callback is over; in the next one it would be dropped again,
-            # and come again.
+            # After a moment the callback is over; in the next one the signal would be
+            # dropped again, and come again.
+            self._cancel()
             self._again = threading.Timer(0.01, os.kill, (os.getpid(), signum))
             self._again.daemon = True
             self._again.start()
-        # TensorStore, after a failed write.
+        # TensorStore, after a failed write, also while the program ends.
         elif "Event loop is closed" not in str(error):
             sys.__unraisablehook__(about)
 

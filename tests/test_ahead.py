@@ -102,7 +102,7 @@ def test_the_matrix_of_a_small_map_is_made_once_for_all_shapes(rng, monkeypatch)
     assert [one.shape for one in run._ready.values()] == [(2 * 2 * 4, 2 * 2 * 5)]
 
 
-def test_the_parts_of_a_kernel_are_made_once_for_all_shapes(rng, monkeypatch):
+def test_a_kernel_is_transformed_once_for_all_shapes(rng, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     monkeypatch.setattr(lowering, "_TILED", {"oneDNN": 1, "Eigen": 1})
     kernel = rng.normal(size=(3, 3, 4, 5)).astype(np.float32)

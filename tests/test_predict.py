@@ -597,6 +597,7 @@ def test_the_app_refuses_a_path_that_is_not_there_and_obeys_ctrl_c(saved, tmp_pa
         until = time.monotonic() + 120
         while not said.stat().st_size and time.monotonic() < until:
             time.sleep(0.1)
+        assert said.stat().st_size
         process.send_signal(signal.SIGINT)
         status = process.wait(60)
     finally:

@@ -18,9 +18,8 @@ from convnet.models import kernel_gradient, parts, small_maps, winograd
 from convnet.models.kernel_gradient import Pads
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
-# Channels, and features, from which on tiles pay in float32 (on two cores of an Intel
-# Xeon), by whose convolutions XLA takes; and for the gradient by the kernel of one that
-# is oneDNN's.
+# The least channels and features for tiles in float32, by the library that XLA calls;
+# and for the kernel gradient alone, where that is oneDNN. Measured on an Intel Xeon.
 _TILED = {"oneDNN": 256, "Eigen": 128}
 _TILED_GRADIENT = 64
 _PLAIN = contextvars.ContextVar("plain", default=False)
@@ -66,10 +65,11 @@ def convolve2d(
     few = math.prod(sizes) * math.prod(shape) <= 2 * math.prod(window)
     if any(missing) and few and min(shape) > 0:
         return small_maps.convolve(x, kernel, stride, pads, shape)
+    # From JAX 0.12 on convolutions on a CPU are oneDNN's.
     library = "Eigen" if jax.__version_info__ < (0, 12) else "oneDNN"
     if stride == (1, 1) and _tiles_pay(x, kernel, shape, _TILED[library]):
-        # The components apart from the convolution: `Ahead` makes them once.
-        return _tiled(x, winograd.factors(kernel), pads)
+        # Transformed apart from the convolution: `Ahead` does it once.
+        return _tiled(x, winograd.transform(kernel), pads)
     if library == "Eigen":
         return _plain(x, kernel, stride, pads)
     if any(missing):
@@ -139,7 +139,8 @@ def _tiles_pay(
 ) -> bool:
     """Whether a convolution with stride 1, or its gradient, is faster by tiles.
 
-    Not in bfloat16, which processors multiply faster than they lay tiles out.
+    Not in bfloat16: its products cost little beside copies, and the components would be
+    rounded.
     """
     places, tiles = math.prod(shape), math.prod(-(-n // 2) for n in shape)
     return (
@@ -147,36 +148,41 @@ def _tiles_pay(
         and x.dtype == kernel.dtype == jnp.float32
         and min(kernel.shape[2:]) >= least
         and min(shape) > 0
-        # Of fewer places most of the time goes into the components of the kernel: for 4
-        # maps of 4x4 it took 1.5 to 2 times as long.
+        # Of fewer places most of the time goes into the kernel, of which there are 16/9
+        # as much: for 4 maps of 4x4 it took 1.5 to 2 times as long.
         and len(x) * places >= 256
-        # Tiles reach over the ends of odd maps: of 3x3, and of 5x2, too far.
+        # Tiles reach over the ends of odd maps: too far for 3x3, where a gradient took
+        # 1.05 to 1.2 times as long, and for single rows.
         and 16 * tiles <= 0.75 * 9 * places
-        # Parts are whole examples, and those of large maps do not stay in the cache.
+        # A part is one example or more: of 26 MB it was 1.3 times as fast. Larger ones
+        # take the more memory, and were not tried.
         and winograd.size(*kernel.shape[2:], shape) <= 4 * parts.PART
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _tiled(x: jax.Array, factors: jax.Array, pads: Pads) -> jax.Array:
-    """`_plain` with stride 1 and the kernel of `factors`; see `winograd`."""
-    return winograd.convolve(x, factors, pads)
+def _tiled(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
+    """`_plain` with stride 1, of a transformed kernel; see `winograd`.
+
+    That is kept for the backward pass: 16/9 of the memory of the kernel.
+    """
+    return winograd.convolve(x, kernel, pads)
 
 
 def _tiled_forward(
-    x: jax.Array, factors: jax.Array, pads: Pads
+    x: jax.Array, kernel: jax.Array, pads: Pads
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return winograd.convolve(x, factors, pads), (x, factors)
+    return winograd.convolve(x, kernel, pads), (x, kernel)
 
 
 def _tiled_backward(
     pads: Pads, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    x, factors = saved
-    x, gradient = lax.optimization_barrier((x, gradient))
+    x, kernel = saved
+    gradient = lax.optimization_barrier(gradient)
     rest = tuple((2 - low, 2 - high) for low, high in pads)
-    by_input = winograd.convolve(gradient, winograd.turned(factors), rest)
-    return by_input, winograd.gradient_by_factors(x, gradient, pads)
+    by_input = winograd.convolve(gradient, winograd.turn(kernel), rest)
+    return by_input, winograd.gradient_by_kernel(x, gradient, pads)
 
 
 _tiled.defvjp(_tiled_forward, _tiled_backward)
@@ -211,8 +217,8 @@ def _backward(
     )
     by_input = _plain(gradient, turned, (1, 1), rest)
     if _tiles_pay(x, kernel, gradient.shape[1:3], _TILED_GRADIENT):
-        by_factors = winograd.gradient_by_factors(x, gradient, pads)
-        return by_input, winograd.kernel_of(by_factors)
+        by_components = winograd.gradient_by_kernel(x, gradient, pads)
+        return by_input, winograd.transpose(by_components)
     return by_input, kernel_gradient.products(x, kernel, gradient, (1, 1), pads)
 
 

@@ -27,7 +27,7 @@ def total(
     Args:
       function: takes arrays with fewer examples, too; its result has the same shape.
       arrays: (b, ...) each.
-      size: bytes that it lays out for an example.
+      size: bytes that `function` lays out for an example.
     """
     result = jax.eval_shape(function, *arrays)
     # With each part the sum is read and written: a part is to be larger than that.
@@ -72,6 +72,7 @@ def _wanted() -> int:
 def _deal(a: jax.Array, number: int) -> jax.Array:
     """Returns (b / number, number, ...): part i has every number-th example.
 
-    So each device keeps its own, if a part has one for each or a multiple.
+    So each device keeps its own where a part has as many for each. Else the batch is
+    gathered on all of them. The number of parts must not depend on them: results would.
     """
     return a.reshape(-1, number, *a.shape[1:])

@@ -5,10 +5,10 @@ algorithms for convolutional neural networks" (arXiv:1509.09308): F(2x2, 3x3), a
 the gradient by the kernel F(3x3, 2x2), which is its transpose.
 
 The result is cut into tiles of 2x2, each of which meets 4x4 places of the input. Sums
-and differences of rows, and of columns, make 4x4 components of an operand: component
-4 * j + i is number i along the rows' axis and j along the columns'. Those of two
-operands are multiplied one by one, and sums of the products are the result. All factors
-are 1 or 1/2, so that rounding stays near that of the plain form.
+and differences of rows, and of columns, transform an operand to 4x4 components:
+component 4 * j + i is number i along the rows' axis and j along the columns'. Those of
+two operands are multiplied one by one, and sums of the products are the result. All
+coefficients are 1, -1 and 1/2, so that rounding stays near that of the plain form.
 
 Each step is held behind a barrier. XLA would otherwise fuse several: the steps before
 would be computed again for every number that reads them, and of 16 components at a time
@@ -28,42 +28,43 @@ _hold = lax.optimization_barrier
 
 
 @jax.custom_vjp
-def factors(kernel: jax.Array) -> jax.Array:
+def transform(kernel: jax.Array) -> jax.Array:
     """Returns the components (16, c, features) of a kernel (3, 3, c, features)."""
-    components = _components(kernel.reshape(1, 3, 3, -1), _of_kernel)
-    return components.reshape(16, *kernel.shape[2:])
+    flat = _transform(kernel.reshape(1, 3, 3, -1), _of_kernel)
+    return flat.reshape(16, *kernel.shape[2:])
 
 
-def kernel_of(gradient: jax.Array) -> jax.Array:
-    """The transpose of `factors`: a kernel's gradient from that by its components."""
+def transpose(gradient: jax.Array) -> jax.Array:
+    """The transpose of `transform`: the gradient by a kernel of that by components."""
     columns = _transposed_of_kernel(gradient.reshape(4, 4, *gradient.shape[1:]))
     return _transposed_of_kernel(columns.swapaxes(0, 1))
 
 
-factors.defvjp(lambda k: (factors(k), None), lambda _, g: (kernel_of(g),))
+transform.defvjp(lambda k: (transform(k), None), lambda _, g: (transpose(g),))
 
 
-def turned(factors: jax.Array) -> jax.Array:
+def turn(kernel: jax.Array) -> jax.Array:
     """Returns the components of the kernel with which a gradient is convolved.
 
-    It is the kernel of `factors`, both axes reversed, channels and features exchanged.
+    It is the one of these components (16, c, features) with both axes reversed and with
+    channels and features exchanged.
     """
-    components = factors.reshape(4, 4, *factors.shape[1:])
+    turned = kernel.reshape(4, 4, *kernel.shape[1:])
     for axis in (0, 1):
-        first, *middle, last = jnp.split(components, 4, axis)
-        components = jnp.concatenate([last, *middle, first], axis)
-    return components.swapaxes(2, 3).reshape(16, factors.shape[2], factors.shape[1])
+        first, *middle, last = jnp.split(turned, 4, axis)
+        turned = jnp.concatenate([last, *middle, first], axis)
+    return turned.swapaxes(2, 3).reshape(16, kernel.shape[2], kernel.shape[1])
 
 
-def convolve(x: jax.Array, factors: jax.Array, pads: Pads) -> jax.Array:
-    """Cross-correlates `x` (b, h, w, c) with the kernel of `factors`."""
-    *_, c, features = factors.shape
+def convolve(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
+    """Cross-correlates `x` (b, h, w, c) with the kernel of these components."""
+    *_, c, features = kernel.shape
     sides = [n + sum(pad) - 2 for n, pad in zip(x.shape[1:], pads, strict=False)]
-    factors = _hold(factors)
+    kernel = _hold(kernel)
 
     def one(x: jax.Array) -> jax.Array:
-        tiles = _hold(_components(_padded(x, pads, sides), _of_input))
-        y = _hold(lax.dot_general(tiles, factors, (((2,), (1,)), ((0,), (0,)))))
+        tiles = _hold(_transform(_padded(x, pads, sides), _of_input))
+        y = _hold(lax.dot_general(tiles, kernel, (((2,), (1,)), ((0,), (0,)))))
         rows, columns = (-(-n // 2) for n in sides)
         y = y.reshape(4, 4, len(x), rows, columns, features)
         y = _hold(jnp.stack(_of_result(y), 4))
@@ -73,8 +74,8 @@ def convolve(x: jax.Array, factors: jax.Array, pads: Pads) -> jax.Array:
     return parts.each(one, x, size(c, features, sides))
 
 
-def gradient_by_factors(x: jax.Array, gradient: jax.Array, pads: Pads) -> jax.Array:
-    """Returns the gradient (16, c, features) by what `convolve` takes for a kernel.
+def gradient_by_kernel(x: jax.Array, gradient: jax.Array, pads: Pads) -> jax.Array:
+    """Returns the gradient (16, c, features) by the components of a kernel.
 
     Args:
       x: what was convolved (b, h, w, c).
@@ -84,10 +85,10 @@ def gradient_by_factors(x: jax.Array, gradient: jax.Array, pads: Pads) -> jax.Ar
     sides = gradient.shape[1:3]
 
     def one(x: jax.Array, gradient: jax.Array) -> jax.Array:
-        if any(n % 2 for n in sides):
+        if any(n % 2 for n in sides):  # Else it would be copied for nothing.
             gradient = _padded(gradient, [(0, 0), (0, 0)], sides)
-        tiles = _components(_padded(x, pads, sides), _of_input)
-        left, right = _hold((tiles, _components(gradient, _of_gradient)))
+        tiles = _transform(_padded(x, pads, sides), _of_input)
+        left, right = _hold((tiles, _transform(gradient, _of_gradient)))
         return lax.dot_general(left, right, (((1,), (1,)), ((0,), (0,))))
 
     laid_out = size(x.shape[-1], gradient.shape[-1], sides)
@@ -112,7 +113,7 @@ def _padded(x: jax.Array, pads: Sequence, sides: Sequence[int]) -> jax.Array:
     return _hold(lax.pad(x, jnp.zeros((), x.dtype), [none, *around, none]))
 
 
-def _components(
+def _transform(
     a: jax.Array, split: Callable[[jax.Array, int], list[jax.Array]]
 ) -> jax.Array:
     """Returns the components (16, tiles, c) of `a` (b, h, w, c)."""
