@@ -160,6 +160,13 @@ def _tiles_pay(
     )
 
 
+def _turned_pads(window: Sequence[int], pads: Pads) -> Pads:
+    """The pads with which the gradient is convolved with the turned kernel."""
+    return tuple(
+        (k - 1 - low, k - 1 - high) for k, (low, high) in zip(window, pads, strict=True)
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _tiled(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """`_plain` with stride 1, of a transformed kernel; see `winograd`.
@@ -180,8 +187,9 @@ def _tiled_backward(
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     gradient = lax.optimization_barrier(gradient)
-    rest = tuple((2 - low, 2 - high) for low, high in pads)
-    by_input = winograd.convolve(gradient, winograd.turn(kernel), rest)
+    by_input = winograd.convolve(
+        gradient, winograd.turn(kernel), _turned_pads((3, 3), pads)
+    )
     return by_input, winograd.gradient_by_kernel(x, gradient, pads)
 
 
@@ -211,10 +219,7 @@ def _backward(
     # instead, a kernel in another layout, makes XLA convert everything to float32
     # before oneDNN gets it.
     turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    rest = tuple(
-        (k - 1 - low, k - 1 - high)
-        for k, (low, high) in zip(kernel.shape, pads, strict=False)
-    )
+    rest = _turned_pads(kernel.shape[:2], pads)
     by_input = _plain(gradient, turned, (1, 1), rest)
     if _tiles_pay(x, kernel, gradient.shape[1:3], _TILED_GRADIENT):
         by_components = winograd.gradient_by_kernel(x, gradient, pads)
